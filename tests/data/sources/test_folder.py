@@ -1,0 +1,145 @@
+"""Any folder of pictures with captions beside them."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from vicvlm_cli.data.sources import find_source
+from vicvlm_cli.data.sources.listing import Listing, NothingFound
+from vicvlm_cli.errors import UsageError, UserError
+
+
+def pictures(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(folder / name)
+
+
+def jsonl(path: Path, *rows: dict[str, object]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def captions(listing: Listing) -> dict[str, tuple[str, ...]]:
+    return {item.image_id: item.captions for item in listing.items()}
+
+
+def splits(listing: Listing) -> dict[str, str]:
+    return {item.image_id: item.split for item in listing.items()}
+
+
+def test_jsonl_with_given_splits_and_repeated_rows(tmp_path: Path) -> None:
+    pictures(tmp_path, "a.png", "sub/b.png", "bare.png")
+    jsonl(
+        tmp_path / "captions.jsonl",
+        {"file_name": "a.png", "caption": "one", "split": "train"},
+        {"file_name": "./sub/b.png", "captions": ["two", "too"], "split": "validation"},
+        {"file_name": "a.png", "caption": "uno", "split": "train"},
+    )
+    listing = find_source("folder", tmp_path)
+    assert captions(listing) == {"a.png": ("one", "uno"), "sub/b.png": ("two", "too")}
+    assert splits(listing) == {"a.png": "train", "sub/b.png": "val"}
+    assert listing.split_name == "given"
+    assert listing.warnings == [f"1 pictures in {tmp_path} have no caption and were left out"]
+    streamed = {item.image_id: picture for item, picture in listing.stream({"a.png"})}
+    assert streamed == {"sub/b.png": tmp_path / "sub" / "b.png"}
+    assert listing.items()[0].path == str(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("captions.csv", 'file_name,caption\na.png,"x, y"\nb.png,z\n'),
+        ("captions.tsv", "file_name\tcaption\na.png\tx, y\nb.png\tz\n"),
+        ("metadata.csv", 'file_name,text\na.png,"x, y"\nb.png,z\n'),
+        ("metadata.jsonl", '{"file_name":"a.png","text":"x, y"}\n{"file_name":"b.png","text":"z"}'),
+    ],
+)
+def test_tables(tmp_path: Path, name: str, text: str) -> None:
+    pictures(tmp_path, "a.png", "b.png")
+    (tmp_path / name).write_text(text)
+    assert captions(find_source("folder", tmp_path)) == {"a.png": ("x, y",), "b.png": ("z",)}
+
+
+def test_metadata_in_folders_called_train_and_test(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        pictures(tmp_path, f"{split}/a.png")
+        jsonl(tmp_path / split / "metadata.jsonl", {"file_name": "a.png", "text": split})
+    listing = find_source("folder", tmp_path)
+    assert listing.split_name == "folders"
+    assert splits(listing) == {"train/a.png": "train", "test/a.png": "test"}
+
+
+def test_a_text_file_beside_each_picture_and_a_split_by_chance(tmp_path: Path) -> None:
+    pictures(tmp_path, *(f"{i}.png" for i in range(40)))
+    for i in range(40):
+        (tmp_path / f"{i}.txt").write_text(f"picture {i}\n\nnumber {i}\n" if i else "\n")
+    listing = find_source("folder", tmp_path, seed=1)
+    assert captions(listing)["3.png"] == ("picture 3", "number 3")
+    assert [(bad.image_id, bad.reason) for bad in listing.rejected] == [("0.png", "no caption")]
+    assert listing.split_name == "random-seed1"
+    assert Counter(splits(listing).values()) == {"train": 33, "val": 3, "test": 3}
+    assert splits(find_source("folder", tmp_path, seed=1)) == splits(listing)
+    assert splits(find_source("folder", tmp_path, seed=2)) != splits(listing)
+
+
+def test_another_split_can_be_asked_for(tmp_path: Path) -> None:
+    pictures(tmp_path, "a.png")
+    jsonl(tmp_path / "captions.jsonl", {"file_name": "a.png", "caption": "x", "split": "test"})
+    assert splits(find_source("folder", tmp_path)) == {"a.png": "test"}
+    by_chance = find_source("folder", tmp_path, split_scheme="random")
+    assert (by_chance.split_name, splits(by_chance)) == ("random-seed0", {"a.png": "train"})
+    with pytest.raises(UsageError, match="allow no split 'karpathy'; they allow given, random"):
+        find_source("folder", tmp_path, split_scheme="karpathy")
+
+
+def test_bad_rows_are_told(tmp_path: Path) -> None:
+    pictures(tmp_path, "a.png", "b.png")
+    jsonl(
+        tmp_path / "captions.jsonl",
+        {"file_name": "a.png", "captions": ["x", " "], "split": "train"},
+        {"file_name": "../b.png", "caption": "y", "split": "train"},
+        {"file_name": "/etc/passwd", "caption": "y"},
+        {"file_name": "b.png", "caption": "y"},
+    )
+    listing = find_source("folder", tmp_path)
+    assert {(bad.image_id, bad.reason) for bad in listing.rejected} == {
+        ("a.png", "empty caption"),
+        ("../b.png", "outside the folder"),
+        ("/etc/passwd", "outside the folder"),
+        ("b.png", "no split"),
+    }
+    assert splits(listing) == {"a.png": "train"}
+
+
+def test_unicode_names_match_however_they_are_composed(tmp_path: Path) -> None:
+    name = "Hündchen 狗.png"
+    pictures(tmp_path, unicodedata.normalize("NFD", name))
+    jsonl(tmp_path / "captions.jsonl", {"file_name": name, "caption": "x"})
+    listing = find_source("folder", tmp_path)
+    assert captions(listing) == {name: ("x",)}
+    assert len(list(listing.stream(set()))) == 1
+
+
+def test_what_was_prepared_is_no_raw_material(tmp_path: Path) -> None:
+    pictures(tmp_path, "a.png", "prepared/b.png")
+    jsonl(tmp_path / "captions.jsonl", {"file_name": "a.png", "caption": "x"})
+    assert find_source("folder", tmp_path).warnings == []
+
+
+def test_nothing_there_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(NothingFound, match="there is no folder"):
+        find_source("folder", tmp_path / "nowhere")
+    with pytest.raises(NothingFound, match=r"no pictures in .*captions\.jsonl"):
+        find_source("folder", tmp_path)
+    pictures(tmp_path, "a.png")
+    with pytest.raises(NothingFound, match=r"the 1 pictures in .* have no captions; write"):
+        find_source("folder", tmp_path)
+    (tmp_path / "captions.csv").write_text("wrong,header\n")
+    with pytest.raises(UserError, match="needs a header"):
+        find_source("folder", tmp_path)

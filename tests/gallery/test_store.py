@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from vicvlm_cli.data.images import BadImage
+from vicvlm_cli.data.prepared import PreparedDataset
+from vicvlm_cli.errors import UserError
+from vicvlm_cli.gallery import Gallery, GalleryItem
+
+
+def make(source="photos", n: int = 4, **options) -> Gallery:
+    features = F.normalize(torch.randn(n, 6, generator=torch.Generator().manual_seed(1)), dim=1)
+    items = [GalleryItem(f"sub/é {i}.jpg", f"sub/é {i}", [f"caption {i}"]) for i in range(n)]
+    return Gallery(features, items, "ab" * 32, "runs/model.safetensors", str(source), **options)
+
+
+def test_a_gallery_comes_back_as_it_was(tmp_path):
+    odd = GalleryItem("stray \udce9.jpg", "x", [], "", 0)
+    made = make(skipped=[("bad.jpg", "truncated")])
+    made.items[3] = odd
+    made.save(tmp_path / "new" / "gallery")
+    read = Gallery.open(tmp_path / "new" / "gallery")
+    assert torch.equal(read.features, made.features)
+    assert replace(read, features=None) == replace(made, features=None)
+    assert len(read) == 4
+    header = json.loads((tmp_path / "new" / "gallery" / "gallery.json").read_text())
+    assert (header["count"], header["dim"], header["skipped"]) == (4, 6, 1)
+    assert header["model"]["sha256"] == "ab" * 32
+
+
+def test_search_by_one_or_more_queries():
+    gallery = make()
+    scores, rows = gallery.search(gallery.features[2], k=2)
+    assert rows[0, 0] == 2 and scores[0, 0] == pytest.approx(1)
+    scores, rows = gallery.search(gallery.features, k=99)
+    assert rows.shape == (4, 4) and rows[:, 0].tolist() == [0, 1, 2, 3]
+    with pytest.raises(UserError, match=r"7 dimensions and the gallery 6.*runs/model"):
+        gallery.search(torch.ones(7))
+
+
+def test_saving_replaces_a_gallery_and_nothing_else(tmp_path):
+    path = tmp_path / "gallery"
+    make(n=4).save(path)
+    make(n=2).save(path)
+    assert len(Gallery.open(path)) == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["gallery"]
+    (tmp_path / "photos").mkdir()
+    make().save(tmp_path / "photos")  # an empty folder is fair
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    (tmp_path / "file").write_text("precious")
+    for name in ("mine", "file"):
+        with pytest.raises(UserError, match="not a gallery"):
+            make().save(tmp_path / name)
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
+
+
+def test_a_failed_save_leaves_the_old_gallery(tmp_path, monkeypatch):
+    path = tmp_path / "gallery"
+    make(n=4).save(path)
+
+    def full(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("vicvlm_cli.gallery.store.save_file", full)
+    with pytest.raises(UserError, match="no space left"):
+        make(n=2).save(path)
+    assert len(Gallery.open(path)) == 4
+    assert [p.name for p in tmp_path.iterdir()] == ["gallery"]
+
+
+def break_it(path, how):
+    header = json.loads((path / "gallery.json").read_text())
+    if how == "newer":
+        header["format_version"] = 99
+    elif how == "other count":
+        header["count"] = 7
+    elif how == "no model":
+        del header["model"]
+    (path / "gallery.json").write_text("{" if how == "no JSON" else json.dumps(header))
+    if how == "truncated":
+        whole = (path / "features.safetensors").read_bytes()
+        (path / "features.safetensors").write_bytes(whole[:-8])
+    elif how == "items":
+        (path / "items.jsonl").write_text('{"path": "a.jpg"}\n')
+    elif how == "gone":
+        (path / "features.safetensors").unlink()
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("newer", "upgrade vicvlm"),
+        ("other count", "damaged"),
+        ("no model", "damaged"),
+        ("no JSON", "damaged"),
+        ("truncated", "damaged"),
+        ("items", "damaged"),
+        ("gone", "damaged"),
+    ],
+)
+def test_a_broken_gallery_gets_a_sentence(tmp_path, how, words):
+    path = tmp_path / "gallery"
+    make().save(path)
+    break_it(path, how)
+    with pytest.raises(UserError, match=words):
+        Gallery.open(path)
+
+
+def test_what_is_no_gallery(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path, tmp_path / "nowhere", tmp_path / "file"):
+        with pytest.raises(UserError, match="is not a gallery"):
+            Gallery.open(path)
+
+
+def test_pictures_of_a_folder(tmp_path):
+    (tmp_path / "sub").mkdir()
+    Image.new("RGB", (9, 5), "red").save(tmp_path / "sub" / "é 1.jpg")
+    gallery = make(source=tmp_path)
+    assert gallery.location(1) == str(tmp_path / "sub" / "é 1.jpg")
+    assert gallery.image(1).size == (9, 5)
+    with pytest.raises(BadImage, match="missing"):
+        gallery.image(0)
+
+
+def test_pictures_of_a_prepared_data_set(tiny_data):
+    split = PreparedDataset.open(tiny_data).split("test")
+    gallery = make(source=tiny_data, prepared=True)
+    gallery.items[0] = GalleryItem(split.paths[7], split.image_ids[7], [], "test", 7)
+    assert gallery.image(0).tobytes() == split.image(7).tobytes()
+    assert gallery.location(0) == split.paths[7]
+    for place in (6, 99):
+        gallery.items[1] = GalleryItem(split.paths[7], split.image_ids[7], [], "test", place)
+        with pytest.raises(UserError, match="prepared anew"):
+            gallery.image(1)

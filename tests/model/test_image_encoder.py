@@ -1,0 +1,233 @@
+"""The image encoder against timm's own forward, and weights from local files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+
+from vicvlm_cli.errors import UserError
+from vicvlm_cli.model.image_encoder import ImageEncoder, resolve_image_encoder, sincos_2d
+
+TINY = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
+NAME = "vit_tiny_patch16_224"
+VARIANTS = [
+    (NAME, {}),
+    (NAME, {"reg_tokens": 2}),
+    (NAME, {"reg_tokens": 2, "no_embed_class": True}),
+    (NAME, {"pre_norm": True}),
+    (NAME, {"global_pool": "avg"}),
+    (NAME, {"qk_norm": True, "init_values": 0.1}),
+    ("deit_tiny_distilled_patch16_224", {}),
+]
+
+
+def encoder_and_timm(name: str, options: dict[str, Any]) -> tuple[ImageEncoder, Any]:
+    """The encoder and a model made by timm with the same random weights."""
+    torch.manual_seed(0)
+    encoder = ImageEncoder(name, 32, {**TINY, **options}, "learned").eval()
+    own = timm.create_model(name, num_classes=0, img_size=32, **TINY, **options).eval()
+    with torch.no_grad():
+        for parameter in own.parameters():
+            parameter.normal_(std=0.3)
+    encoder.vit.load_state_dict(own.state_dict())
+    return encoder, own
+
+
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
+def test_all_patches_equal_timms_own_forward(name: str, options: dict[str, Any]) -> None:
+    encoder, own = encoder_and_timm(name, options)
+    image = torch.randn(3, 3, 32, 32)
+    expected = own.forward_features(image)
+    torch.testing.assert_close(encoder(image), expected, rtol=1e-4, atol=1e-5)
+    assert expected.shape == (3, encoder.prefix + encoder.num_patches, encoder.width)
+    assert encoder.grid == (4, 4)
+
+
+class Chosen(nn.Module):
+    """In the place of timm's own patch dropout: keeps the patches it is told to."""
+
+    def __init__(self, keep: Tensor, prefix: int) -> None:
+        super().__init__()
+        self.keep, self.prefix = keep, prefix
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = [
+            torch.cat([row[: self.prefix], row[self.prefix :][index]])
+            for row, index in zip(x, self.keep, strict=True)
+        ]
+        return torch.stack(rows)
+
+
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
+def test_a_kept_subset_equals_timm_with_the_others_dropped(
+    name: str, options: dict[str, Any]
+) -> None:
+    encoder, own = encoder_and_timm(name, options)
+    image = torch.randn(3, 3, 32, 32)
+    keep = torch.stack([torch.randperm(16)[:5].sort().values for _ in range(3)])
+    own.patch_drop = Chosen(keep, encoder.prefix)
+    expected = own.forward_features(image)
+    got = encoder(image, keep)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    assert got.shape == (3, encoder.prefix + 5, encoder.width)
+
+
+def test_hidden_patches_cannot_be_seen() -> None:
+    encoder, _ = encoder_and_timm(NAME, {})
+    image = torch.randn(2, 3, 32, 32)
+    keep = torch.tensor([[0, 1, 6], [3, 9, 15]])
+    before = encoder(image, keep)
+    spoiled = image.clone()
+    for row in range(2):
+        for patch in set(range(16)) - set(keep[row].tolist()):
+            y, x = divmod(patch, 4)
+            spoiled[row, :, 8 * y : 8 * y + 8, 8 * x : 8 * x + 8] = 99.0
+    torch.testing.assert_close(encoder(spoiled, keep), before, rtol=0, atol=0)
+
+
+def pretrained(path: Path, classes: int, half: bool, size: int = 32) -> dict[str, Tensor]:
+    """Weights as a pretraining elsewhere would leave them, at ``path``."""
+    torch.manual_seed(1)
+    model = timm.create_model(NAME, num_classes=classes, img_size=size, **TINY)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    state = model.state_dict()
+    if half:
+        state = {k: v.half() for k, v in state.items()}
+    if path.suffix == ".pth":
+        torch.save(state, path)
+    else:
+        save_file(state, path)
+    return {k: v.float() for k, v in state.items()}
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+@pytest.mark.parametrize("classes", [0, 10, 1000])
+@pytest.mark.parametrize("half", [False, True])
+def test_local_weights_are_loaded_at_another_size(
+    classes: int, half: bool, suffix: str, tmp_path: Path
+) -> None:
+    file = tmp_path / f"weights{suffix}"
+    state = pretrained(file, classes, half)
+    encoder = ImageEncoder(NAME, 48, TINY, "learned", str(file))
+    assert encoder.grid == (6, 6)
+    own = encoder.vit.state_dict()
+    assert {v.dtype for v in own.values()} == {torch.float32}
+    positions = resample_abs_pos_embed(state["pos_embed"], [6, 6], [4, 4], num_prefix_tokens=1)
+    torch.testing.assert_close(own.pop("pos_embed"), positions, rtol=1e-3, atol=1e-3)
+    assert set(own) == {k for k in state if not k.startswith("head.")} - {"pos_embed"}
+    for key, value in own.items():
+        torch.testing.assert_close(value, state[key], rtol=0, atol=0)
+
+
+def test_interpolated_positions_keep_the_picture_upright(tmp_path: Path) -> None:
+    # From a table that holds each patch's own row and column, the larger one must too.
+    state = pretrained(tmp_path / "w.safetensors", 0, False)
+    y, x = torch.meshgrid(torch.arange(4.0), torch.arange(4.0), indexing="ij")
+    state["pos_embed"][0, 1:, 0], state["pos_embed"][0, 1:, 1] = y.flatten(), x.flatten()
+    save_file(state, tmp_path / "w.safetensors")
+    encoder = ImageEncoder(NAME, 64, TINY, "sincos", str(tmp_path / "w.safetensors"))
+    table = encoder.vit.pos_embed[0, 1:].reshape(8, 8, -1)
+    inner = torch.arange(2, 6)
+    expected = (inner + 0.5) / 2 - 0.5
+    torch.testing.assert_close(table[inner, 4, 0], expected, rtol=0, atol=0.1)
+    torch.testing.assert_close(table[4, inner, 1], expected, rtol=0, atol=0.1)
+
+
+def test_weights_at_their_own_size_keep_their_positions(tmp_path: Path) -> None:
+    state = pretrained(tmp_path / "w.safetensors", 10, False)
+    encoder = ImageEncoder(NAME, 32, TINY, "sincos", str(tmp_path / "w.safetensors"))
+    torch.testing.assert_close(encoder.vit.pos_embed, state["pos_embed"], rtol=0, atol=0)
+
+
+def test_sine_cosine_positions_start_at_half_scale_and_learn() -> None:
+    encoder = ImageEncoder(NAME, 32, TINY, "sincos")
+    table = encoder.vit.pos_embed
+    torch.testing.assert_close(table[0, 1:], 0.5 * sincos_2d((4, 4), 24))
+    assert table.requires_grad
+
+
+def test_sine_cosine_positions_follow_their_formula() -> None:
+    table = sincos_2d((3, 5), 18)  # 18: four quarters of 4, and 2 left over
+    assert table.shape == (15, 18)
+    for n in range(15):
+        for i in range(4):
+            omega = 1 / 10000 ** (i / 4)
+            for part, angle in enumerate((n % 5 * omega, n // 5 * omega)):
+                value = torch.tensor(angle)
+                assert abs(float(table[n, 8 * part + i] - value.sin())) < 1e-5
+                assert abs(float(table[n, 8 * part + 4 + i] - value.cos())) < 1e-5
+    assert not table[:, 16:].any()
+    assert len({tuple(row.tolist()) for row in table}) == 15
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("vit_tinny_patch16", {}, "timm has no model 'vit_tinny_patch16'"),
+        ("resnet18", {}, "cannot make 'resnet18'|not a plain ViT"),
+        (NAME, {"global_pool": "map"}, "not a plain ViT with a"),
+        (NAME, {"class_token": False, "global_pool": "avg"}, "not a plain ViT with a"),
+        (NAME, {"wings": 2}, "timm cannot make"),
+        (NAME, {"embed_dim": 25, "num_heads": 2}, "timm cannot make"),
+    ],
+)
+def test_what_is_not_a_plain_vit_is_refused(
+    name: str, options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(UserError, match=words):
+        ImageEncoder(name, 32, {**({} if name == "resnet18" else TINY), **options}, "learned")
+
+
+def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "other.safetensors"
+    save_file({"conv1.weight": torch.zeros(3)}, file)
+    with pytest.raises(UserError, match="does not hold the weights of"):
+        ImageEncoder(NAME, 32, TINY, "learned", str(file))
+    pretrained(file, 0, False)
+    with pytest.raises(UserError, match=f"could not be loaded from {file}.*size mismatch"):
+        ImageEncoder(NAME, 32, {**TINY, "embed_dim": 36}, "learned", str(file))
+    save_file({k: v for k, v in pretrained(file, 0, False).items() if k != "norm.bias"}, file)
+    with pytest.raises(UserError, match="1 are missing, the first is norm.bias"):
+        ImageEncoder(NAME, 32, TINY, "learned", str(file))
+    file.write_bytes(b"")
+    with pytest.raises(UserError, match=f"could not be loaded from {file}"):
+        ImageEncoder(NAME, 32, TINY, "learned", str(file))
+
+
+def test_a_model_folder_names_architecture_weights_and_statistics(tmp_path: Path) -> None:
+    card: dict[str, Any] = {"architecture": NAME, "pretrained_cfg": {"mean": [0.1, 0.2, 0.3]}}
+    (tmp_path / "config.json").write_text(json.dumps(card))
+    with pytest.raises(UserError, match="holds no .safetensors or .pth weights"):
+        resolve_image_encoder(str(tmp_path), "")
+    file = tmp_path / "model.safetensors"
+    file.touch()
+    statistics = {"image_mean": (0.1, 0.2, 0.3)}
+    assert resolve_image_encoder(str(tmp_path), "") == (NAME, str(file), statistics)
+    other = tmp_path / "other.pth"
+    other.touch()
+    assert resolve_image_encoder(str(tmp_path), str(other)) == (NAME, str(other), statistics)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="no config.json that names a timm 'architecture'"):
+        resolve_image_encoder(str(tmp_path), "")
+
+
+def test_pretrained_weights_bring_their_statistics(tmp_path: Path) -> None:
+    file = tmp_path / "weights.safetensors"
+    with pytest.raises(UserError, match=f"there are no image weights at {file}"):
+        resolve_image_encoder("deit_tiny_patch16_224", str(file))
+    file.touch()
+    name, weights, statistics = resolve_image_encoder("deit_tiny_patch16_224", str(file))
+    assert (name, weights) == ("deit_tiny_patch16_224", str(file))
+    assert statistics["image_mean"] == (0.485, 0.456, 0.406)
+    assert statistics["image_std"] == (0.229, 0.224, 0.225)
+    assert resolve_image_encoder("deit_tiny_patch16_224", "") == ("deit_tiny_patch16_224", "", {})

@@ -1,0 +1,97 @@
+"""The heads that only training needs."""
+
+from __future__ import annotations
+
+import pytest
+import timm.layers
+import torch
+from torch import Tensor
+
+from vicvlm_cli.model.image_encoder import sincos_2d
+from vicvlm_cli.objectives.heads import JointPatchHead, MLMHead, PatchPredictor
+
+
+@pytest.fixture(params=[False, True], ids=["eager", "fused"])
+def predictor(request: pytest.FixtureRequest) -> PatchPredictor:
+    timm.layers.set_fused_attn(request.param)
+    torch.manual_seed(0)
+    head = PatchPredictor(12, (4, 4), 7, width=32, depth=2, context_width=10).eval()
+    with torch.no_grad():
+        for parameter in head.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.3)
+    return head
+
+
+def patches(rows: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    """Visible features [B, 4, 12], and the numbers of the visible and the hidden patches."""
+    order = torch.stack([torch.randperm(16) for _ in range(rows)])
+    return torch.randn(rows, 4, 12), order[:, :4], order[:, 4:]
+
+
+def close(a: Tensor, b: Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_caption_counts_and_its_padding_does_not(predictor: PatchPredictor) -> None:
+    visible, keep, masked = patches()
+    context = torch.randn(2, 5, 10)
+    mask = torch.tensor([[True] * 5, [True, True, False, False, False]])
+    before = predictor(visible, keep, masked, context, mask)
+    assert before.shape == (2, 12, 7)
+    wide = torch.cat([context.masked_fill(~mask.unsqueeze(-1), 40.0), torch.randn(2, 3, 10)], 1)
+    wide_mask = torch.cat([mask, torch.zeros(2, 3, dtype=torch.bool)], dim=1)
+    close(predictor(visible, keep, masked, wide, wide_mask), before)
+    context[:, 1] += torch.randn(10)
+    changed = predictor(visible, keep, masked, context, mask)
+    assert bool(((changed - before).abs().amax((1, 2)) > 1e-2).all())
+
+
+def test_the_order_of_the_patches_is_of_no_account(predictor: PatchPredictor) -> None:
+    visible, keep, masked = patches()
+    before = predictor(visible, keep, masked)
+    turn = torch.tensor([2, 0, 3, 1])
+    close(predictor(visible[:, turn], keep[:, turn], masked), before)
+    back = torch.arange(11, -1, -1)
+    close(predictor(visible, keep, masked[:, back]), before[:, back])
+
+
+def test_a_prediction_knows_its_place_and_what_is_seen(predictor: PatchPredictor) -> None:
+    visible, keep, masked = patches()
+    before = predictor(visible, keep, masked)
+    assert float((before[:, 0] - before[:, 1]).abs().amax()) > 1e-2
+    visible[:, 2] += torch.randn(12)
+    changed = (predictor(visible, keep, masked) - before).abs().amax(2)
+    assert bool((changed > 1e-4).all())
+
+
+def test_mask_tokens_stand_after_the_visible_patches() -> None:
+    torch.manual_seed(0)
+    head = JointPatchHead(12, (4, 4), 20, 7)
+    visible, keep, masked = patches()
+    prefix = torch.randn(2, 2, 12)
+    tokens = head.insert(torch.cat([prefix, visible], dim=1), 2, keep, masked)
+    table = sincos_2d((4, 4), 12)
+    assert tokens.shape == (2, 2 + 16, 12)
+    close(tokens[:, :2], prefix)
+    for row in range(2):
+        close(tokens[row, 2:6], visible[row] + table[keep[row]])
+        close(tokens[row, 6:], head.mask_token[0] + table[masked[row]])
+    fused = torch.randn(2, 2 + 16, 20)
+    close(head(fused, 12), head.predictor(fused[:, 6:]))
+
+
+def test_words_are_read_off_the_table_of_the_text_encoder() -> None:
+    torch.manual_seed(0)
+    head = MLMHead(8, 30)
+    with torch.no_grad():
+        head.bias.normal_()
+    tokens, table = torch.randn(5, 8), torch.randn(30, 8, requires_grad=True)
+    logits = head(tokens, table)
+    hidden = head.transform(tokens)
+    for i in range(5):
+        for word in range(30):
+            expected = float((hidden[i] * table[word]).sum() + head.bias[word])
+            assert float(logits[i, word]) == pytest.approx(expected, abs=1e-4)
+    logits.sum().backward()
+    assert table.grad is not None and bool(table.grad.any())

@@ -1,0 +1,288 @@
+"""Every loss against a slow formula, written as the papers write it: value and gradient."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from vicvlm_cli.errors import UserError
+from vicvlm_cli.objectives import losses
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def agree(
+    fast: Callable[..., Tensor], slow: Callable[..., Tensor], *inputs: Tensor, rtol: float = 1e-4
+) -> None:
+    """The same value and the same gradient for every input; the slow one counts in float64."""
+    ours = [x.clone().requires_grad_() for x in inputs]
+    theirs = [x.double().requires_grad_() for x in inputs]
+    mine, reference = fast(*ours), slow(*theirs)
+    torch.testing.assert_close(mine.double(), reference, rtol=rtol, atol=1e-6)
+    mine.backward()
+    reference.backward()
+    for x, y in zip(ours, theirs, strict=True):
+        assert x.grad is not None and y.grad is not None
+        torch.testing.assert_close(x.grad.double(), y.grad, rtol=rtol, atol=1e-6)
+
+
+def slow_itc(similarity: Tensor, image_id: list[int]) -> Tensor:
+    number = len(image_id)
+    terms = []
+    for i in range(number):
+        others = [j for j in range(number) if j == i or image_id[j] != image_id[i]]
+        for line in (similarity[i], similarity[:, i]):  # to its captions, to its pictures
+            total = torch.stack([line[j].exp() for j in others]).sum()
+            terms.append(-(line[i].exp() / total).log())
+    return torch.stack(terms).sum() / (2 * number)
+
+
+@pytest.mark.parametrize("image_id", [[0, 1, 2, 3, 4], [0, 1, 0, 2, 0], [7, 7, 3, 3, 3]])
+def test_itc(image_id: list[int]) -> None:
+    ids = torch.tensor(image_id)
+    agree(
+        lambda s: losses.itc(s, ids), lambda s: slow_itc(s, image_id), 3 * randn(len(image_id), 5)
+    )
+
+
+def test_captions_of_one_image_are_never_negatives() -> None:
+    similarity = randn(4, 4).requires_grad_()
+    ids = torch.tensor([5, 8, 5, 9])
+    loss = losses.itc(similarity, ids)
+    (gradient,) = torch.autograd.grad(loss, similarity)
+    assert float(gradient[0, 2]) == float(gradient[2, 0]) == 0
+    assert int((gradient != 0).sum()) == 14  # everything else counts
+    changed = similarity.detach().clone()
+    changed[0, 2], changed[2, 0] = 50.0, 50.0
+    assert float(losses.itc(changed, ids)) == float(loss)
+
+
+def test_itc_of_equal_similarities_is_the_trivial_value() -> None:
+    value = float(losses.itc(torch.zeros(6, 6), torch.arange(6)))
+    assert value == pytest.approx(math.log(6), rel=1e-5)
+
+
+@pytest.mark.parametrize(("positives", "negatives"), [(3, 6), (2, 2), (1, 5)])
+def test_itm(positives: int, negatives: int) -> None:
+    def slow(p: Tensor, n: Tensor) -> Tensor:
+        terms = [-(1 / (1 + (-x).exp())).log() for x in p]
+        terms += [-(1 - 1 / (1 + (-x).exp())).log() for x in n]
+        return torch.stack(terms).sum() / len(terms)
+
+    agree(losses.itm, slow, 2 * randn(positives), 2 * randn(negatives, seed=1))
+
+
+@pytest.mark.parametrize("negatives", [1, 2, 4])
+def test_the_itm_base_rate_is_the_best_constant(negatives: int) -> None:
+    def constant(logit: float) -> float:
+        return float(losses.itm(torch.full((8,), logit), torch.full((8 * negatives,), logit)))
+
+    best = losses.itm_base_rate(negatives)
+    assert math.isclose(constant(math.log(1 / negatives)), best, rel_tol=1e-5)
+    assert all(constant(x / 10) > best - 1e-6 for x in range(-40, 41))
+
+
+def test_mlm() -> None:
+    target = torch.tensor([3, 0, 3, 6])
+
+    def slow(logits: Tensor) -> Tensor:
+        return -sum(
+            ((row[t].exp() / row.exp().sum()).log() for row, t in zip(logits, target, strict=True)),
+            torch.zeros((), dtype=torch.float64),
+        )
+
+    agree(lambda x: losses.mlm_sum(x, target), slow, 2 * randn(4, 7))
+    assert float(losses.mlm_sum(torch.zeros(0, 7), target[:0])) == 0  # no word was masked
+
+
+def test_mim() -> None:
+    target = randn(2, 3, 4, seed=1)
+
+    def slow(prediction: Tensor) -> Tensor:
+        terms = [
+            sum((prediction[b, m, d] - float(target[b, m, d])) ** 2 for d in range(4)) / 4
+            for b in range(2)
+            for m in range(3)
+        ]
+        return torch.stack([torch.as_tensor(t) for t in terms]).sum()
+
+    agree(lambda p: losses.mim_sum(p, target), slow, randn(2, 3, 4))
+
+
+def test_variance() -> None:
+    def slow(z: Tensor) -> Tensor:  # VICReg, eq. 1 and 2
+        rows, width = z.shape
+        total = torch.zeros((), dtype=z.dtype)
+        for d in range(width):
+            mean = sum(z[i, d] for i in range(rows)) / rows
+            var = sum((z[i, d] - mean) ** 2 for i in range(rows)) / (rows - 1)
+            s = (var + 1e-4) ** 0.5
+            if float(s) < 1:
+                total = total + 1 - s
+        return total / width
+
+    spread = torch.tensor([0.1, 0.5, 3.0, 0.9])  # below and above the hinge
+    agree(losses.variance, slow, randn(6, 4) * spread)
+    assert float(losses.variance(torch.zeros(5, 3))) == pytest.approx(0.99)
+    assert float(losses.variance(5 * randn(50, 3))) == 0
+
+
+def slow_covariance(z: Tensor) -> Tensor:  # VICReg, eq. 3 and 4
+    rows, width = z.shape
+    mean = [sum(z[i, d] for i in range(rows)) / rows for d in range(width)]
+    total = torch.zeros((), dtype=z.dtype)
+    for d, e in itertools.permutations(range(width), 2):
+        c = sum((z[i, d] - mean[d]) * (z[i, e] - mean[e]) for i in range(rows)) / (rows - 1)
+        total = total + c**2
+    return total / width
+
+
+def test_covariance() -> None:
+    agree(losses.covariance, slow_covariance, randn(6, 4) + 2)
+
+
+def test_the_covariance_of_copies_is_that_of_copies() -> None:
+    copies = randn(9, 1) * torch.tensor([0.5, -1.0, 2.0, 3.0]) + 1
+    torch.testing.assert_close(losses.covariance_of_copies(copies), losses.covariance(copies))
+    other = randn(9, 4)
+    assert float(losses.covariance_of_copies(other)) > float(losses.covariance(other))
+
+
+def test_invariance() -> None:
+    def slow(a: Tensor, b: Tensor) -> Tensor:
+        rows, width = a.shape
+        squares = [(a[i, d] - b[i, d]) ** 2 for i in range(rows) for d in range(width)]
+        return torch.stack(squares).sum() / (rows * width)
+
+    agree(losses.invariance, slow, randn(5, 3), randn(5, 3, seed=1))
+
+
+def test_standardized_patches() -> None:
+    x = randn(2, 6, 3) * torch.tensor([0.1, 1.0, 5.0]) + 3
+    got = losses.standardize_patches(x)
+    for b in range(2):
+        for d in range(3):
+            channel = x[b, :, d].double()
+            mean = channel.sum() / 6
+            var = ((channel - mean) ** 2).sum() / 6
+            expected = (channel - mean) / (var + 1e-5).sqrt()
+            torch.testing.assert_close(got[b, :, d].double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_patches_come_in_the_order_of_the_patch_embedding() -> None:
+    image = randn(2, 3, 8, 12)
+    patches = losses.patchify(image, (2, 3))
+    assert patches.shape == (2, 6, 48)
+    # A convolution that copies one pixel of each patch, as the patch embedding is one.
+    for channel, y, x in itertools.product(range(3), range(4), range(4)):
+        kernel = torch.zeros(1, 3, 4, 4)
+        kernel[0, channel, y, x] = 1
+        picked = torch.conv2d(image, kernel, stride=4).flatten(1)  # [B, N]
+        torch.testing.assert_close(patches[:, :, channel * 16 + y * 4 + x], picked)
+
+
+def test_normalised_pixels() -> None:
+    image = randn(2, 3, 8, 8) * 40 + 100
+    pixels = losses.normalized_pixels(image, (2, 2))
+    raw = losses.patchify(image, (2, 2))
+    for b, n in itertools.product(range(2), range(4)):
+        patch = raw[b, n].double()
+        mean = patch.sum() / len(patch)
+        var = ((patch - mean) ** 2).sum() / len(patch)
+        expected = (patch - mean) / (var + 1e-6).sqrt()
+        torch.testing.assert_close(pixels[b, n].double(), expected, rtol=1e-4, atol=1e-5)
+    flat = losses.normalized_pixels(torch.full((1, 3, 8, 8), 7.0), (2, 2))
+    assert not flat.any()  # a patch of one colour: zero, not NaN
+
+
+def test_the_trivial_guess_for_masked_patches() -> None:
+    target, masked = randn(3, 4, 2), torch.tensor([[0, 3], [1, 2], [0, 1]])
+
+    def slow() -> float:
+        total = 0.0
+        for b, m in itertools.product(range(3), range(2)):
+            n = int(masked[b, m])
+            for d in range(2):
+                place = [sum(float(target[i, k, d]) for i in range(3)) / 3 for k in range(4)]
+                own = sum(float(target[b, k, d]) - place[k] for k in range(4)) / 4
+                total += (float(target[b, n, d]) - place[n] - own) ** 2
+        return total / (3 * 2 * 2) * 3 / 2
+
+    assert float(losses.mim_trivial(target, masked)) == pytest.approx(slow(), rel=1e-4)
+    # It knows each position's mean and each picture's own: such a target leaves it no error.
+    known = randn(1, 4, 2) + randn(3, 1, 2, seed=1)
+    assert float(losses.mim_trivial(known, masked)) == pytest.approx(0, abs=1e-10)
+    # Of pure noise it can explain what the picture's mean does, one part in the patches.
+    noise, all_patches = randn(400, 8, 16), torch.arange(8).expand(400, 8)
+    assert float(losses.mim_trivial(noise, all_patches)) == pytest.approx(1 - 1 / 8, rel=0.02)
+    assert float(losses.mim_trivial(target[:1], masked[:1])) == pytest.approx(0, abs=1e-10)
+
+
+def draw(similarity: Tensor, excluded: Tensor, rows: int, number: int = 1) -> Tensor:
+    """``rows`` independent draws from one row of similarities."""
+    noise = torch.rand(rows, len(similarity), generator=torch.Generator().manual_seed(0))
+    return losses.hard_negatives(
+        similarity.expand(rows, -1), excluded.expand(rows, -1), noise, number
+    )
+
+
+def chi_square(observed: Tensor, expected: Tensor) -> float:
+    return float(((observed - expected) ** 2 / expected).sum())
+
+
+def test_hard_negatives_follow_the_softmax() -> None:
+    similarity = torch.tensor([2.0, 0.5, -1.0, 4.0, 1.0, 0.0])
+    excluded = torch.tensor([False, False, False, True, False, False])
+    rows = 20_000
+    picked = draw(similarity, excluded, rows)[:, 0]
+    observed = picked.bincount(minlength=6).double()
+    assert float(observed[3]) == 0  # the most similar of all, but the row's own
+    allowed = ~excluded
+    expected = rows * similarity[allowed].double().softmax(0)
+    assert chi_square(observed[allowed], expected) < 23.5  # 4 degrees of freedom, p = 1e-4
+
+
+def test_several_negatives_are_drawn_without_replacement() -> None:
+    similarity = torch.tensor([1.0, 0.0, 2.0, -1.0])
+    excluded = torch.tensor([False, False, False, False])
+    rows = 20_000
+    picked = draw(similarity, excluded, rows, number=2)
+    assert bool((picked[:, 0] != picked[:, 1]).all())
+    p = similarity.double().softmax(0)
+    pairs = list(itertools.permutations(range(4), 2))
+    expected = torch.stack([p[i] * p[j] / (1 - p[i]) for i, j in pairs]) * rows
+    codes = (picked[:, 0] * 4 + picked[:, 1]).bincount(minlength=16).double()
+    observed = torch.stack([codes[4 * i + j] for i, j in pairs])
+    assert chi_square(observed, expected) < 35.6  # 11 degrees of freedom, p = 2e-4
+
+
+def test_hard_negatives_are_never_the_rows_own_picture() -> None:
+    ids = torch.tensor([0, 0, 1, 2, 2, 2])
+    same = ids[:, None] == ids[None, :]
+    similarity = 30.0 * same  # its own captions look by far the best
+    for seed in range(50):
+        noise = torch.rand(6, 6, generator=torch.Generator().manual_seed(seed))
+        picked = losses.hard_negatives(similarity, same, noise, 3)
+        assert picked.shape == (6, 3)
+        assert not bool(same.gather(1, picked).any())
+
+
+@pytest.mark.parametrize("value", [0.0, 1 - 2**-24])
+def test_the_ends_of_the_noise_are_no_trouble(value: float) -> None:
+    picked = losses.hard_negatives(
+        torch.zeros(1, 3), torch.tensor([[True, False, False]]), torch.full((1, 3), value), 2
+    )
+    assert sorted(picked[0].tolist()) == [1, 2]
+
+
+def test_a_batch_with_too_few_pictures_is_refused() -> None:
+    same = torch.tensor([[True, True], [True, True]])
+    with pytest.raises(UserError, match="too few other pictures to draw 1 hard negatives"):
+        losses.hard_negatives(torch.zeros(2, 2), same, torch.rand(2, 2), 1)

@@ -1,0 +1,245 @@
+"""The contract of every objective, over every fusion and target."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny import make_batch, make_model, make_tokenizer, pad
+from torch import nn
+
+from vicvlm_cli.config import LossConfig, TrainConfig
+from vicvlm_cli.errors import UsageError
+from vicvlm_cli.model.fusion import FUSIONS
+from vicvlm_cli.model.vlm import VLM
+from vicvlm_cli.objectives import OBJECTIVES, create_objective
+from vicvlm_cli.objectives.ranks import Noise
+from vicvlm_cli.objectives.vicvlm import VicVLM
+
+CPU = torch.device("cpu")
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("vicvlm", {"target": "byol", "predictor_width": 32}),
+    ("vicvlm", {"target": "pixel", "predictor_width": 32}),
+    ("vicvlm", {"target": "byol", "predictor_width": 32, "masked_stride": 2, "itm_negatives": 2}),
+    ("retrieval", {}),
+]
+EVERY = pytest.mark.parametrize(
+    ("name", "options", "fusion"),
+    [(name, options, fusion) for name, options in CASES for fusion in FUSIONS],
+    ids=lambda v: "-".join(map(str, v.values())) if isinstance(v, dict) else v,
+)
+
+
+def make(
+    name: str, options: dict[str, Any], fusion: str = "concat", model: VLM | None = None
+) -> Any:
+    weights = {loss: LossConfig() for loss in OBJECTIVES[name].LOSSES}
+    config = TrainConfig(objective=name, options=options, losses=weights)
+    return create_objective(model or make_model(fusion=fusion), make_tokenizer(), config).train()
+
+
+def test_every_objective_is_tried() -> None:
+    assert {name for name, _ in CASES} == set(OBJECTIVES)
+
+
+@EVERY
+def test_the_losses_are_those_named_and_finite(
+    name: str, options: dict[str, Any], fusion: str
+) -> None:
+    objective = make(name, options, fusion)
+    everything = set(objective.LOSSES)
+    values, trivial = objective(make_batch(), Noise(0, 0, CPU), everything)
+    assert set(values) == set(trivial) == everything
+    for loss in everything:
+        assert values[loss].shape == trivial[loss].shape == ()
+        assert bool(values[loss].isfinite()) and bool(trivial[loss].isfinite())
+        assert values[loss].requires_grad and not trivial[loss].requires_grad
+        assert float(trivial[loss]) > 0
+    for loss in everything:  # one alone: that one, and ITC whose similarities all share
+        alone, guesses = objective(make_batch(), Noise(0, 0, CPU), {loss})
+        assert set(alone) == set(guesses) == {"itc", loss}
+
+
+@EVERY
+def test_every_trainable_parameter_gets_a_gradient(
+    name: str, options: dict[str, Any], fusion: str
+) -> None:
+    objective = make(name, options, fusion)
+    values, _ = objective(make_batch(), Noise(0, 0, CPU), set(objective.LOSSES))
+    torch.stack(list(values.values())).sum().backward()
+    for key, parameter in objective.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, key
+            assert bool(parameter.grad.isfinite().all()), key
+            # The key's bias of an attention cancels in its softmax; all else must count.
+            if not key.endswith("key.bias"):
+                assert bool(parameter.grad.any()), key
+        else:
+            assert parameter.grad is None, key
+
+
+@EVERY
+def test_a_tiny_batch_is_learned_by_heart(
+    name: str, options: dict[str, Any], fusion: str
+) -> None:
+    objective, batch = make(name, options, fusion), make_batch(4)
+    parameters = [p for p in objective.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=3e-3)
+    history: list[tuple[float, float]] = []
+    for step in range(40):
+        values, _ = objective(batch, Noise(0, step, CPU), set(objective.LOSSES))
+        # The covariance of wide features is many times the size of the others.
+        total = sum(v * (0.01 if k == "covariance" else 1) for k, v in values.items())
+        assert isinstance(total, torch.Tensor)
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+        objective.after_step()
+        history.append((float(values["itc"].detach()), float(total.detach())))
+    first, last = history[0], [sum(column) / 5 for column in zip(*history[-5:], strict=True)]
+    assert last[0] < 0.3 * first[0]
+    assert last[1] < 0.75 * first[1]
+
+
+@EVERY
+@pytest.mark.parametrize("more", [0, 5])
+def test_padding_changes_no_loss(
+    name: str, options: dict[str, Any], fusion: str, more: int
+) -> None:
+    objective, batch = make(name, options, fusion).eval(), make_batch()
+    everything = set(objective.LOSSES)
+    before, trivial = objective(batch, Noise(0, 0, CPU), everything)
+    after, guesses = objective(pad(batch, more), Noise(0, 0, CPU), everything)
+    for loss in everything:
+        torch.testing.assert_close(after[loss], before[loss], rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(guesses[loss], trivial[loss], rtol=1e-3, atol=1e-5)
+
+
+@EVERY
+def test_the_same_noise_gives_the_same_losses(
+    name: str, options: dict[str, Any], fusion: str
+) -> None:
+    objective = make(name, options, fusion)
+    everything = set(objective.LOSSES)
+    runs = [objective(make_batch(), Noise(0, step, CPU), everything)[0] for step in (1, 1, 2)]
+    assert all(float(runs[0][k].detach()) == float(runs[1][k].detach()) for k in everything)
+    drawn = everything - {"itc"}
+    assert all(float(runs[0][k].detach()) != float(runs[2][k].detach()) for k in drawn)
+
+
+@pytest.mark.parametrize("target", ["byol", "pixel"])
+def test_only_the_byol_target_is_a_network_and_it_follows_the_encoder(target: str) -> None:
+    objective = make("vicvlm", {"target": target, "ema_decay": 0.75})
+    assert (objective.target is None) == (target == "pixel")
+    if target == "pixel":
+        return
+    before = [p.clone() for p in objective.target.parameters()]
+    with torch.no_grad():
+        for parameter in objective.model.image_encoder.parameters():
+            parameter.add_(1.0)
+    objective(make_batch(), Noise(0, 0, CPU), {"mim"})
+    moved = zip(before, objective.target.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in moved)  # not by looking
+    objective.after_step()
+    for a, b in zip(before, objective.target.parameters(), strict=True):
+        torch.testing.assert_close(b, a + 0.25, rtol=1e-5, atol=1e-5)
+
+
+def test_the_temperature_is_bounded_after_a_step() -> None:
+    for name, options in CASES:
+        objective = make(name, options)
+        with torch.no_grad():
+            objective.model.logit_scale.fill_(9.0)
+        objective.after_step()
+        assert float(objective.model.logit_scale.exp()) == pytest.approx(100, rel=1e-4)
+
+
+def test_the_masked_picture_alone_is_what_is_predicted_from() -> None:
+    # Features of hidden patches must not leak into their own prediction.
+    objective = make("vicvlm", {"target": "pixel", "predictor_width": 32})
+    batch = make_batch()
+    seen: list[torch.Tensor] = []
+    head: nn.Module = objective.mim_head
+    head.register_forward_hook(lambda _, inputs, output: seen.extend([*inputs, output]))
+    objective(batch, Noise(0, 0, CPU), {"mim"})
+    keep, masked, guess = seen[1], seen[2], seen[3]
+    assert sorted((keep[0].tolist()) + masked[0].tolist()) == list(range(16))
+    assert masked.shape == (6, 12)
+    image = batch.image.clone()
+    for row in range(6):
+        for patch in masked[row].tolist():
+            y, x = divmod(patch, 4)
+            image[row, :, 8 * y : 8 * y + 8, 8 * x : 8 * x + 8] = 255
+    batch.image = image
+    seen.clear()
+    objective(batch, Noise(0, 0, CPU), {"mim"})
+    torch.testing.assert_close(seen[3], guess, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_masked_words_are_predicted_without_seeing_them(fusion: str) -> None:
+    objective = make("vicvlm", {"predictor_width": 32}, fusion)
+    batch = make_batch()
+    seen: list[torch.Tensor] = []
+    encoder = objective.model.text_encoder
+    encoder.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0]))
+    objective(batch, Noise(0, 0, CPU), {"mlm"})
+    clean, hidden = seen
+    assert torch.equal(clean, batch.input_ids)
+    changed = hidden != clean
+    assert bool(changed.any(dim=1).all())
+    assert bool((hidden[changed] == objective.mask_id).all())
+    assert not bool((changed & ~batch.attention_mask).any())
+
+
+def test_token_counts_are_of_training_only() -> None:
+    objective = make("vicvlm", {"predictor_width": 32})
+    start = objective.token_counts.clone()
+    objective.eval()(make_batch(), Noise(0, 0, CPU), {"mlm"})
+    assert torch.equal(objective.token_counts, start)
+    objective.train()(make_batch(), Noise(0, 0, CPU), {"mlm"})
+    assert float(objective.token_counts.sum()) > float(start.sum())
+
+
+def refusal(**settings: Any) -> str:
+    config = {"losses": {"itc": LossConfig()}, **settings}
+    with pytest.raises(UsageError) as caught:
+        create_objective(make_model(), make_tokenizer(), TrainConfig(**config))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"objective": "vicvml"}, "no objective 'vicvml': there are vicvlm, retrieval"),
+        ({"losses": {"joint_mm": LossConfig()}}, "no loss 'joint_mm': did you mean 'joint_mim'?"),
+        ({"losses": {"qq": LossConfig()}}, "its losses are itc, itm, mim"),
+        ({"objective": "retrieval", "losses": {"mlm": LossConfig()}}, "retrieval has no loss"),
+        ({"losses": {}}, "nothing would be trained"),
+        ({"losses": {"itc": LossConfig(0.0)}}, "nothing would be trained"),
+        ({"losses": {"itc": LossConfig(1.0, start=0.1)}}, "nothing would be trained"),
+        ({"losses": {"itc": LossConfig(1.0, ramp=0.1)}}, "nothing would be trained"),
+        ({"losses": {"itc": LossConfig(1.0, every=2)}}, "nothing would be trained"),
+        ({"options": {"targets": "byol"}}, "did you mean 'target'?"),
+        ({"options": {"target": "dino"}}, "--target is 'dino', not byol or pixel"),
+        ({"options": {"image_mask": 1.0}}, "options.image_mask must be between 0 and 1"),
+        ({"options": {"text_mask": 0.0}}, "options.text_mask must be between 0 and 1"),
+        ({"options": {"mask_block": 3}}, "options.mask_block=3 does not tile"),
+        ({"options": {"masked_stride": 0}}, "options.masked_stride is 0, and must be above 0"),
+        ({"options": {"itm_negatives": 0}}, "options.itm_negatives is 0, and must be above 0"),
+        ({"options": {"image_mask": "much"}}, "options.image_mask is 'much', not a number"),
+        (
+            {"objective": "retrieval", "options": {"target": "byol"}},
+            "'options.target' is not a setting (known: itm_negatives)",
+        ),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(settings: dict[str, Any], words: str) -> None:
+    assert words in refusal(**settings)
+
+
+def test_the_options_arrive() -> None:
+    objective = make("vicvlm", {"text_mask": 0.5, "ema_decay": 0.9})
+    assert isinstance(objective, VicVLM)
+    assert objective.config == VicVLM.Config(text_mask=0.5, ema_decay=0.9)

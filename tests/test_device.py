@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from vicvlm_cli import device
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [("fpu avx512f avx512_bf16 sse", True), ("fpu amx_bf16", True), ("fpu avx512f avx2", False)],
+)
+def test_a_cpu_gains_where_it_has_the_instructions(monkeypatch, flags, expected):
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: f"flags : {flags}\n")
+    device._cpu_has_bf16.cache_clear()
+    try:
+        assert device.supports_bf16("cpu") is expected
+    finally:
+        device._cpu_has_bf16.cache_clear()
+
+
+def test_an_unknown_cpu_does_not_gain(monkeypatch):
+    def gone(*_, **__):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(Path, "read_text", gone)
+    device._cpu_has_bf16.cache_clear()
+    try:
+        assert device.supports_bf16(torch.device("cpu")) is False
+    finally:
+        device._cpu_has_bf16.cache_clear()
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((7, 5), False), ((8, 0), True)])
+def test_a_gpu_gains_from_ampere_on(monkeypatch, capability, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert device.supports_bf16("cuda") is expected
+    assert device.supports_bf16("mps") is False
+
+
+def test_the_best_device(monkeypatch):
+    for cuda, mps, expected in ((1, 1, "cuda"), (0, 1, "mps"), (0, 0, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: bool(cuda))
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda mps=mps: bool(mps))
+        assert device.best_device() == torch.device(expected)

@@ -1,0 +1,44 @@
+"""Settings of a training as small as it gets, on top of the preset for ``scenes``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+LOSSES = ("itc", "itm", "mlm", "mim", "joint_mim", "variance", "covariance", "invariance")
+TINY = [
+    "model.image_size=32",
+    "model.image_options={patch_size = 8, embed_dim = 24, depth = 1, num_heads = 2}",
+    "model.text_width=32",
+    "model.text_heads=2",
+    "model.text_layers=1",
+    "model.fusion_layers=1",
+    "model.vocab_size=200",
+    "model.projection_dim=16",
+    "data.workers=0",
+    "pretrain.options.predictor_width=32",
+    "pretrain.options.masked_stride=1",
+    *(f"pretrain.losses.{name}.start=0" for name in LOSSES),
+    *(f"pretrain.losses.{name}.ramp=0" for name in LOSSES),
+    *(f"pretrain.losses.{name}.every=1" for name in LOSSES),
+    "finetune.losses.itm.every=1",
+    *(
+        f"{kind}.{setting}"
+        for kind in ("pretrain", "finetune")
+        for setting in (
+            "batch_size=16",
+            "epochs=2",
+            "max_minutes=0",
+            "precision=no",
+            "validate_every=0",
+            "rerank_top_k=4",
+        )
+    ),
+]
+
+
+def rows(run: Path, kind: str = "train") -> list[dict[str, Any]]:
+    """The lines of one kind in a run's metrics."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]

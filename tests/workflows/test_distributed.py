@@ -1,0 +1,147 @@
+"""Two processes over gloo train as one process does on the joint batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file
+from tiny_training import LOSSES, TINY, rows
+from torch import Tensor
+from two_processes import CASES, losses_and_gradients
+
+from vicvlm_cli.report.progress import Progress
+from vicvlm_cli.workflows.train import pretrain
+
+HERE = Path(__file__).parent
+SETTINGS = ["pretrain.options.masked_stride=2", "data.crop_scale=0.6", "pretrain.validate_every=1"]
+Results = list[dict[str, dict[str, Tensor]]]
+
+
+def environment(**more: str) -> dict[str, str]:
+    paths = [str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(p for p in paths if p),
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+        **more,
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("two")
+
+
+@pytest.fixture(scope="module")
+def both(folder: Path, scenes: Path) -> Results:
+    """What each of two processes found."""
+    (folder / "settings.json").write_text(json.dumps([*SETTINGS, "pretrain.batch_size=8"]))
+    command = [sys.executable, str(HERE / "two_processes.py"), str(scenes), str(folder)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def one(folder: Path, scenes: Path) -> Path:
+    """The run of one process on the joint batch."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        overrides = [*TINY, *SETTINGS, "pretrain.batch_size=16"]
+        quiet = Progress(quiet=True)
+        return pretrain(scenes, overrides=overrides, output=folder / "one", progress=quiet).run
+
+
+def test_gathers_of_every_type_and_length(both: Results) -> None:
+    for rank in range(2):
+        got = both[rank]["primitives"]
+        assert got["whole"].tolist() == [0, 1, 2, 10, 11, 12]
+        # Each process computes the whole loss: its own rows get the gradient of both.
+        assert got["gradient"].tolist() == [[0, 2, 4], [6, 8, 10]][rank]
+        assert got["long"].tolist() == [0, 5, 1, 6]
+        assert got["bool"].tolist() == [False, True, True, True]
+        assert got["padded"].shape == (4, 4, 2)
+        assert got["padded"][:, :, 0].tolist() == [[1, 1, 1, 0]] * 2 + [[2, 2, 2, 2]] * 2
+        assert got["padded_gradient"].shape == (2, 3 + rank, 2)
+        assert bool((got["padded_gradient"] == 4.0 * (rank + 1)).all())
+        assert got["mask"].tolist() == [[True] * 3 + [False]] * 2 + [[True] * 4] * 2
+        assert float(got["none"]) == 0
+    shares = [float(r["primitives"]["mean"]) for r in both]
+    assert sum(shares) / 2 == pytest.approx((2 + 6) / (1 + 3))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_losses_and_gradients_are_those_of_the_joint_batch(case: str, both: Results) -> None:
+    joint = losses_and_gradients(case, None)
+    assert {k for k in joint if k.startswith("loss.")}
+    for rank in range(2):
+        got = both[rank][case]
+        assert set(got) == set(joint)
+        for name, expected in joint.items():
+            scale = max(1.0, float(expected.abs().max()))
+            torch.testing.assert_close(
+                got[name] / scale, expected / scale, rtol=1e-3, atol=2e-5, msg=f"{rank}: {name}"
+            )
+
+
+def test_both_processes_end_with_the_same_weights(both: Results, folder: Path) -> None:
+    first, second = both[0]["training"], both[1]["training"]
+    assert first.keys() == second.keys()
+    for name in first:
+        if name != "token_counts":  # of each process's own words
+            assert torch.equal(first[name], second[name]), name
+    kept = load_file(folder / "run" / "model.safetensors")
+    assert all(torch.equal(kept[name], first[f"model.{name}"]) for name in kept)
+
+
+def test_training_is_that_of_one_process_on_the_joint_batch(
+    both: Results, one: Path, folder: Path
+) -> None:
+    ours, theirs = rows(folder / "run"), rows(one)
+    assert [r["step"] for r in ours] == [r["step"] for r in theirs] == [6, 10, 12]
+    for mine, other in zip(ours, theirs, strict=True):
+        assert set(mine["losses"]) == set(LOSSES)
+        assert mine["losses"] == pytest.approx(other["losses"], rel=2e-3)
+        for key in ("pairs", "epoch", "lr", "progress"):
+            assert mine[key] == other[key]
+    first, last = load_file(folder / "run" / "model.safetensors"), load_file(
+        one / "model.safetensors"
+    )
+    for name, value in first.items():
+        torch.testing.assert_close(value, last[name], rtol=0.05, atol=0.01)
+    validation = [[r["dual"]["rsum"] for r in rows(f, "validation")] for f in (folder / "run", one)]
+    assert len(validation[0]) == len(validation[1]) == 3  # by the first process alone
+
+
+def test_the_command_that_users_type(one: Path, scenes: Path, tmp_path: Path) -> None:
+    settings = [word for s in [*TINY, *SETTINGS] for word in ("--set", s)]
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run"),  # which is torchrun
+            *("--standalone", "--nproc_per_node", "2"),
+            *("-m", "vicvlm_cli", "pretrain", "--target", "byol", "--data", str(scenes)),
+            *("--output", str(tmp_path / "run"), "--batch-size", "8", "--json", *settings),
+        ],
+        env=environment(VICVLM_STATE=str(tmp_path / "state.json")),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    result: dict[str, Any] = json.loads(done.stdout)  # one document, from one process
+    assert result["steps"] == 12 and result["pairs"] == 192
+    assert done.stderr.count("12 steps of 16 pairs, cpu no, 2 processes") == 1
+    assert not done.stderr.count("warning:")
+    for mine, other in zip(rows(tmp_path / "run"), rows(one), strict=True):
+        assert mine["losses"] == pytest.approx(other["losses"], rel=2e-3)

@@ -1,0 +1,208 @@
+"""The parts of the training loop: rates, parameter groups, and the state that resuming needs."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from tiny import make_batch, make_model, make_tokenizer
+from torch import nn
+
+from vicvlm_cli.config import DataConfig, LossConfig, TrainConfig
+from vicvlm_cli.data.batches import Plan
+from vicvlm_cli.errors import UserError
+from vicvlm_cli.model.fusion import FUSIONS
+from vicvlm_cli.objectives import create_objective
+from vicvlm_cli.objectives.ranks import Noise
+from vicvlm_cli.workflows.loop import (
+    augment,
+    find_run_state,
+    lr_factor,
+    parameter_groups,
+    save_run_state,
+    total_steps,
+)
+from vicvlm_cli.workflows.metrics import Metrics
+
+
+@pytest.fixture
+def accelerator(monkeypatch: pytest.MonkeyPatch) -> Accelerator:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    return Accelerator()
+
+
+def test_the_rate_warms_up_and_falls_as_a_cosine() -> None:
+    config = TrainConfig(warmup=0.2, final_lr=0.1)
+    assert lr_factor(0.0, config) == pytest.approx(1e-3)  # never quite zero
+    assert lr_factor(0.1, config) == pytest.approx(0.5)
+    assert lr_factor(0.2, config) == pytest.approx(1.0)
+    assert lr_factor(0.6, config) == pytest.approx(0.55)
+    assert lr_factor(0.4, config) == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2)
+    assert lr_factor(1.0, config) == pytest.approx(0.1)
+    assert lr_factor(0.0, TrainConfig(warmup=0.0)) == pytest.approx(1.0)
+    assert lr_factor(1.0, TrainConfig(warmup=1.0, final_lr=0.3)) == pytest.approx(1.0)
+
+
+def test_steps_are_those_of_all_epochs() -> None:
+    plan = Plan(tuple([1] * 50), "one", 8, 0)  # six batches an epoch
+    assert total_steps(plan, TrainConfig(epochs=3)) == 18
+    assert total_steps(plan, TrainConfig(epochs=3, accumulate=4)) == 5
+    assert total_steps(plan, TrainConfig(epochs=0.5)) == 3
+    assert total_steps(plan, TrainConfig(epochs=0.001)) == 1
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("image_lr", [0.0, 5e-5])
+def test_groups_hold_every_parameter_once(fusion: str, image_lr: float) -> None:
+    config = TrainConfig(
+        lr=1e-3, image_lr=image_lr, weight_decay=0.1, losses={"itc": LossConfig()}
+    )
+    objective = create_objective(make_model(fusion=fusion), make_tokenizer(), config)
+    groups = parameter_groups(objective, config)
+    placed = {id(p): group for group in groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in groups) == len(placed)
+    kinds = {id(p): type(m) for m in objective.modules() for p in m.parameters(recurse=False)}
+    trainable = {n: p for n, p in objective.named_parameters() if p.requires_grad}
+    assert {id(p) for p in trainable.values()} == set(placed)
+    for name, parameter in trainable.items():
+        group = placed[id(parameter)]
+        matrix = kinds[id(parameter)] is nn.Linear and name.endswith(".weight")
+        if name.startswith("model.image_encoder.vit.patch_embed."):
+            assert group["weight_decay"] == 0, name
+        else:  # the matrices decay; biases, norms, embeddings, tokens and temperature do not
+            assert group["weight_decay"] == (0.1 if matrix else 0), name
+        of_image = name.startswith("model.image_encoder.") and image_lr
+        assert group["lr"] == group["peak_lr"] == (image_lr if of_image else 1e-3)
+
+
+def test_flips_keep_to_captions_that_allow_them() -> None:
+    batch = make_batch(200)
+    batch.flip_ok = torch.arange(200) % 2 == 0
+    whole = DataConfig(crop_scale=1.0)
+    image = augment(batch, 32, whole, Noise(0, 0, torch.device("cpu")))
+    kept = (image - batch.image.float()).abs().amax((1, 2, 3)) < 0.01
+    mirrored = (image - batch.image.float().flip(-1)).abs().amax((1, 2, 3)) < 0.01
+    assert bool((kept ^ mirrored).all())
+    assert not bool((mirrored & ~batch.flip_ok).any())
+    assert 25 < int(mirrored.sum()) < 75  # about half of the hundred that may
+    never = DataConfig(crop_scale=1.0, flip=False)
+    image = augment(batch, 32, never, Noise(0, 0, torch.device("cpu")))
+    torch.testing.assert_close(image, batch.image.float(), rtol=0, atol=0.01)
+
+
+def test_augmentation_depends_on_the_noise_of_its_step() -> None:
+    batch, cpu = make_batch(), torch.device("cpu")
+    data = DataConfig(crop_scale=0.5, color_jitter=0.3)
+    images = [augment(batch, 28, data, Noise(0, step, cpu)) for step in (4, 4, 5)]
+    assert images[0].shape == (6, 3, 28, 28)
+    assert torch.equal(images[0], images[1])
+    assert not torch.equal(images[0], images[2])
+    plain = augment(batch, 28, DataConfig(crop_scale=0.5), Noise(0, 4, cpu))
+    assert not torch.equal(images[0], plain)
+
+
+def test_a_saved_state_comes_back(accelerator: Accelerator, tmp_path: Path) -> None:
+    module = accelerator.prepare(nn.Linear(2, 2))
+    weight = module.weight.detach().clone()
+    assert find_run_state(tmp_path) is None
+    for step in (1, 2):
+        save_run_state(accelerator, tmp_path / "state", make_tokenizer(), {"step": step})
+    state = find_run_state(tmp_path)
+    assert state == tmp_path / "state" and list(tmp_path.iterdir()) == [state]
+    assert json.loads((state / "run.json").read_text()) == {"step": 2}
+    assert (state / "tokenizer.json").read_text() == make_tokenizer().to_json()
+    with torch.no_grad():
+        module.weight.zero_()
+    accelerator.load_state(str(state))
+    assert torch.equal(module.weight, weight)
+
+
+@pytest.mark.parametrize("dies", ["in the middle", "between the renames"])
+def test_a_save_that_dies_leaves_the_one_before(
+    dies: str, accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accelerator.prepare(nn.Linear(2, 2))
+    save_run_state(accelerator, tmp_path / "state", make_tokenizer(), {"step": 1})
+    if dies == "in the middle":
+        monkeypatch.setattr(accelerator, "save_state", lambda folder: Path(folder).mkdir() or 1 / 0)
+    else:
+        import vicvlm_cli.workflows.loop as loop
+
+        real = loop.os.replace
+        moves: list[Any] = []
+
+        def replace(a: Path, b: Path) -> None:
+            if len(moves) == 1:
+                raise ZeroDivisionError
+            moves.append((a, b))
+            real(a, b)
+
+        monkeypatch.setattr(loop.os, "replace", replace)
+    with pytest.raises(ZeroDivisionError):
+        save_run_state(accelerator, tmp_path / "state", make_tokenizer(), {"step": 2})
+    monkeypatch.undo()
+    state = find_run_state(tmp_path)
+    assert state is not None
+    assert json.loads((state / "run.json").read_text()) == {"step": 1}
+    save_run_state(accelerator, tmp_path / "state", make_tokenizer(), {"step": 3})  # and goes on
+    assert json.loads((tmp_path / "state" / "run.json").read_text()) == {"step": 3}
+
+
+def scalars(**values: float) -> dict[str, torch.Tensor]:
+    return {k: torch.tensor(v) for k, v in values.items()}
+
+
+def test_metrics_average_what_came_since_the_last_line(
+    accelerator: Accelerator, tmp_path: Path
+) -> None:
+    metrics = Metrics(accelerator, tmp_path / "metrics.jsonl")
+    metrics.add(1, scalars(itc=4.0), scalars(itc=2.0))
+    metrics.add(2, scalars(itc=2.0, itm=1.0), scalars(itc=3.0, itm=0.5))
+    assert metrics.flush(step=2, lr=0.1) == {"itc": 3.0, "itm": 1.0}
+    metrics.add(3, scalars(itc=1.0), scalars(itc=2.5))
+    metrics.flush(step=3, lr=0.2)
+    lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [
+        {
+            "kind": "train",
+            "step": 2,
+            "lr": 0.1,
+            "losses": {"itc": 3.0, "itm": 1.0},
+            "trivial": {"itc": 2.5, "itm": 0.5},
+        },
+        {"kind": "train", "step": 3, "lr": 0.2, "losses": {"itc": 1.0}, "trivial": {"itc": 2.5}},
+    ]
+    summary = metrics.summary({"itm": 0.5, "itc": 1.0, "mlm": 1.0})
+    assert [row.name for row in summary] == ["itm", "itc"]  # what was never trained has no row
+    assert (summary[1].weight, summary[1].first) == (1.0, 3.0)
+    assert (summary[1].last, summary[1].trivial) == (2.0, 2.5)
+
+
+def test_the_last_value_is_a_mean_of_the_last_five_lines(
+    accelerator: Accelerator, tmp_path: Path
+) -> None:
+    metrics = Metrics(accelerator, tmp_path / "metrics.jsonl")
+    for step in range(1, 9):
+        metrics.add(step, scalars(itc=float(step)), scalars(itc=1.0))
+        metrics.flush(step=step)
+    (row,) = metrics.summary({"itc": 1.0})
+    assert (row.first, row.last) == (1.0, 6.0)
+    again = Metrics(accelerator, tmp_path / "m.jsonl", json.loads(json.dumps(metrics.history)))
+    assert again.summary({"itc": 1.0}) == [row]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_not_finite_is_named_with_its_step(
+    bad: float, accelerator: Accelerator, tmp_path: Path
+) -> None:
+    metrics = Metrics(accelerator, tmp_path / "metrics.jsonl")
+    metrics.add(41, scalars(itc=1.0, mim=2.0), scalars(itc=1.0, mim=1.0))
+    metrics.add(42, scalars(itc=1.0, mim=bad), scalars(itc=1.0, mim=1.0))
+    with pytest.raises(UserError, match="the loss mim is not finite at step 42"):
+        metrics.flush(step=42)
+    assert not (tmp_path / "metrics.jsonl").exists()

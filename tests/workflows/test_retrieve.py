@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from PIL import Image
+
+from vicvlm_cli.checkpoint import load_model
+from vicvlm_cli.data.prepared import PreparedDataset
+from vicvlm_cli.errors import UsageError, UserError
+from vicvlm_cli.gallery import Gallery
+from vicvlm_cli.report.progress import Progress
+from vicvlm_cli.workflows.embed import embed
+from vicvlm_cli.workflows.retrieve import retrieve
+
+QUIET = Progress(quiet=True)
+WORDS = "a red circle above a blue square"
+
+
+@pytest.fixture(scope="module")
+def gallery(tiny_data, tiny_checkpoint, tmp_path_factory):
+    """The gallery of the whole tiny data set, 26 pictures."""
+    path = tmp_path_factory.mktemp("galleries") / "scenes"
+    return embed(tiny_data, tiny_checkpoint, output=path, progress=QUIET).path
+
+
+@pytest.fixture
+def photos(tiny_data, tmp_path):
+    """Five of the scenes as files in a folder."""
+    split = PreparedDataset.open(tiny_data).split("test")
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(5):
+        split.image(i).save(folder / f"{i}.png")
+    return folder
+
+
+def test_words_find_the_most_similar_pictures(gallery, tiny_checkpoint, capsys):
+    result = retrieve(gallery, WORDS, top_k=4, progress=Progress())
+    stored, model = Gallery.open(gallery), load_model(tiny_checkpoint)
+    cosines = stored.features @ model.encode_texts([WORDS])[0]
+    order = cosines.argsort(descending=True)[:4].tolist()
+    assert [hit.row for hit in result.hits] == order
+    assert [hit.rank for hit in result.hits] == [1, 2, 3, 4]
+    assert [hit.score for hit in result.hits] == pytest.approx(cosines[order].tolist(), abs=1e-5)
+    first = result.hits[0]
+    assert first.captions == stored.items[first.row].captions
+    assert (first.caption, first.path) == (first.captions[0], stored.items[first.row].path)
+    assert result.searched == 26 and not result.reranked
+    notes = capsys.readouterr()
+    assert notes.out == ""
+    assert f"checkpoint: {tiny_checkpoint} (made this gallery" in notes.err
+    plain = json.loads(json.dumps(result.to_dict()))
+    assert plain["query"] == WORDS and plain["hits"][0]["caption"] == first.caption
+
+
+def test_a_picture_finds_itself(photos, tiny_checkpoint, tmp_path):
+    path = embed(photos, tiny_checkpoint, output=tmp_path / "g", progress=QUIET).path
+    result = retrieve(path, image=photos / "3.png", progress=QUIET)
+    assert result.hits[0].path == str(photos.resolve() / "3.png")
+    assert result.hits[0].score == pytest.approx(1, abs=1e-3)
+    assert (result.hits[0].caption, result.hits[0].id) == ("", "3")
+    assert len(result.hits) == 5  # as many as there are, though ten are the default
+    assert result.to_dict()["image"] == str(photos / "3.png")
+
+
+def test_reranking_orders_the_candidates_by_the_combined_score(gallery, tiny_checkpoint):
+    result = retrieve(gallery, WORDS, top_k=6, rerank=True, progress=QUIET)
+    stored, model = Gallery.open(gallery), load_model(tiny_checkpoint)
+    scores = model.score_pairs([stored.image(row) for row in range(26)], [WORDS] * 26)
+    order = scores.argsort(descending=True)[:6].tolist()
+    assert [hit.row for hit in result.hits] == order
+    assert [hit.score for hit in result.hits] == pytest.approx(scores[order].tolist(), abs=1e-4)
+    cosines = stored.features @ model.encode_texts([WORDS])[0]
+    assert [hit.cosine for hit in result.hits] == pytest.approx(cosines[order].tolist(), abs=1e-5)
+    assert result.reranked
+
+
+def test_only_the_candidates_are_reranked(gallery, monkeypatch):
+    monkeypatch.setattr("vicvlm_cli.workflows.retrieve.CANDIDATES", 3)
+    top = {hit.row for hit in retrieve(gallery, WORDS, top_k=3, progress=QUIET).hits}
+    found = retrieve(gallery, WORDS, top_k=2, rerank=True, progress=QUIET).hits
+    assert len(found) == 2 and {hit.row for hit in found} < top
+
+
+def test_pictures_that_are_gone(photos, tiny_checkpoint, tmp_path, capsys):
+    path = embed(photos, tiny_checkpoint, output=tmp_path / "g", progress=QUIET).path
+    sheet = tmp_path / "sheet.png"
+    (photos / "2.png").unlink()
+    assert len(retrieve(path, WORDS, sheet=sheet, progress=QUIET).hits) == 5
+    capsys.readouterr()
+    found = retrieve(path, WORDS, rerank=True, progress=Progress()).hits
+    assert sorted(hit.id for hit in found) == ["0", "1", "3", "4"]
+    assert [hit.rank for hit in found] == [1, 2, 3, 4]
+    assert "2.png is missing and was left out" in capsys.readouterr().err
+    shutil.rmtree(photos)
+    assert len(retrieve(path, WORDS, progress=QUIET).hits) == 5
+    with pytest.raises(UserError, match="no candidate's picture can be read"):
+        retrieve(path, WORDS, rerank=True, progress=QUIET)
+
+
+def test_a_contact_sheet(gallery, photos, tmp_path):
+    sheet = tmp_path / "out" / "sheet.png"
+    result = retrieve(gallery, WORDS, top_k=7, rerank=True, sheet=sheet, progress=QUIET)
+    assert result.to_dict()["sheet"] == str(sheet)
+    with Image.open(sheet) as drawn:
+        by_words = drawn.size
+    retrieve(gallery, image=photos / "0.png", top_k=7, sheet=sheet, progress=QUIET)
+    with Image.open(sheet) as drawn:
+        # Two rows either way; a query picture takes more room above than a line of words.
+        assert drawn.width == by_words[0] and drawn.height > by_words[1]
+
+
+def test_a_gallery_of_another_model_is_refused(gallery, make_checkpoint, tiny_checkpoint, tmp_path):
+    other = make_checkpoint(seed=9)
+    with pytest.raises(UserError, match="was made by another model") as caught:
+        retrieve(gallery, WORDS, checkpoint=other, progress=QUIET)
+    stored = Gallery.open(gallery)
+    for words in (stored.model_sha256[:8], str(other), "vicvlm embed"):
+        assert words in str(caught.value)
+    # The same model at another place is the same model.
+    moved = tmp_path / "moved.safetensors"
+    shutil.copy(tiny_checkpoint, moved)
+    found = retrieve(gallery, WORDS, checkpoint=moved, progress=QUIET)
+    assert found.hits == retrieve(gallery, WORDS, progress=QUIET).hits
+
+
+def test_the_galleries_model_may_be_gone_or_replaced(tiny_data, make_checkpoint, tmp_path):
+    checkpoint = make_checkpoint(seed=11)
+    path = embed(tiny_data, checkpoint, split="val", output=tmp_path / "g", progress=QUIET).path
+    shutil.copy(make_checkpoint(seed=12), checkpoint)
+    with pytest.raises(UserError, match="was made by another model"):
+        retrieve(path, WORDS, progress=QUIET)
+    checkpoint.unlink()
+    with pytest.raises(UserError, match="is gone: name its new place with --checkpoint"):
+        retrieve(path, WORDS, progress=QUIET)
+
+
+def test_words_that_the_model_does_not_know(gallery, capsys):
+    retrieve(gallery, "雪 山", progress=Progress())
+    assert "no word of the query is in the model's vocabulary" in capsys.readouterr().err
+    retrieve(gallery, "red 雪", progress=Progress())
+    assert "no word" not in capsys.readouterr().err
+
+
+def test_mistakes_get_a_sentence(gallery, photos, tmp_path, tiny_checkpoint, monkeypatch):
+    for query in ("", "  \n"):
+        with pytest.raises(UsageError, match="query is empty"):
+            retrieve(gallery, query, progress=QUIET)
+    with pytest.raises(UsageError, match="either a text or --image"):
+        retrieve(gallery, progress=QUIET)
+    with pytest.raises(UsageError, match="either a text or --image"):
+        retrieve(gallery, WORDS, photos / "0.png", progress=QUIET)
+    with pytest.raises(UsageError, match="--rerank compares words with pictures"):
+        retrieve(gallery, image=photos / "0.png", rerank=True, progress=QUIET)
+    with pytest.raises(UsageError, match="--top-k"):
+        retrieve(gallery, WORDS, top_k=0, progress=QUIET)
+    with pytest.raises(UsageError, match=r"such as sheet\.png"):
+        retrieve(gallery, WORDS, sheet=tmp_path / "sheet.txt", progress=QUIET)
+    with pytest.raises(UserError, match=r"x\.png cannot be read: missing"):
+        retrieve(gallery, image=photos / "x.png", progress=QUIET)
+    with pytest.raises(UserError, match="is not a gallery"):
+        retrieve(tmp_path, WORDS, progress=QUIET)
+    loaded = load_model(tiny_checkpoint)
+    loaded.vlm.itm_head = None
+    monkeypatch.setattr("vicvlm_cli.workflows.retrieve.load_model", lambda _: loaded)
+    with pytest.raises(UsageError, match="no matching head"):
+        retrieve(gallery, WORDS, rerank=True, progress=QUIET)

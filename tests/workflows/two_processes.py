@@ -1,0 +1,142 @@
+"""What test_distributed.py runs in processes of its own: `python two_processes.py DATA OUT`.
+
+Everything is imported once and then forked, since imports take longer than the work.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tiny import make_batch, make_model, make_tokenizer
+from tiny_training import TINY
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from vicvlm_cli.config import LossConfig, TrainConfig
+from vicvlm_cli.data.batches import Batch
+from vicvlm_cli.objectives import OBJECTIVES, create_objective
+from vicvlm_cli.objectives.ranks import Noise, gather, gather_padded, global_mean
+from vicvlm_cli.report.progress import Progress
+from vicvlm_cli.workflows import train
+
+CPU = torch.device("cpu")
+ROWS = 4  # of each process
+BYOL = {"target": "byol", "predictor_width": 32}
+CASES: dict[str, tuple[str, dict[str, Any], str]] = {
+    "byol-concat": ("vicvlm", BYOL, "concat"),
+    "byol-cross": ("vicvlm", BYOL, "cross_attention"),
+    "byol-strided": ("vicvlm", {**BYOL, "masked_stride": 2, "itm_negatives": 2}, "cross_attention"),
+    "pixel-concat": ("vicvlm", {**BYOL, "target": "pixel"}, "concat"),
+    "retrieval": ("retrieval", {"itm_negatives": 2}, "concat"),
+}
+
+
+def share(batch: Batch, rank: int) -> Batch:
+    """The rows of one process, their padding cut: captions differ in length between processes."""
+    rows = slice(rank * ROWS, (rank + 1) * ROWS)
+    part = Batch(**{k: v[rows] for k, v in batch.__dict__.items()})
+    longest = int(part.attention_mask.sum(1).max())
+    part.input_ids = part.input_ids[:, :longest]
+    part.attention_mask = part.attention_mask[:, :longest]
+    return part
+
+
+def joint_batch() -> Batch:
+    """Two processes' rows; a picture has captions on both."""
+    batch = make_batch(2 * ROWS)
+    batch.image_id[6] = batch.image_id[1]
+    batch.image[6] = batch.image[1]
+    return batch
+
+
+def make_objective(case: str) -> Any:
+    name, options, fusion = CASES[case]
+    weights = {loss: LossConfig() for loss in OBJECTIVES[name].LOSSES}
+    config = TrainConfig(objective=name, options=options, losses=weights)
+    return create_objective(make_model(fusion=fusion), make_tokenizer(), config).train()
+
+
+def losses_and_gradients(case: str, rank: int | None) -> dict[str, Tensor]:
+    """One step without an update: of one process (None) or of one of two, reduced as training does."""
+    objective = make_objective(case)
+    batch = joint_batch() if rank is None else share(joint_batch(), rank)
+    wrapped = (
+        objective
+        if rank is None
+        else DistributedDataParallel(objective, find_unused_parameters=True)
+    )
+    values, _ = wrapped(batch, Noise(0, 3, CPU), set(objective.LOSSES))
+    torch.stack(list(values.values())).sum().backward()
+    result = {f"loss.{k}": v.detach() for k, v in values.items()}
+    if rank is not None:
+        for value in result.values():  # as the metrics are
+            dist.all_reduce(value)
+            value /= 2
+    gradients = {k: p.grad for k, p in objective.named_parameters() if p.grad is not None}
+    return {**result, **{f"gradient.{k}": v for k, v in gradients.items()}}
+
+
+def primitives(rank: int) -> dict[str, Tensor]:
+    """Gathers of every type, of uneven lengths, with and without gradient."""
+    x = torch.arange(3.0).add(10 * rank).requires_grad_()
+    whole = gather(x)
+    (whole * torch.arange(6.0)).sum().backward()
+    assert x.grad is not None
+    tokens = torch.full((2, 3 + rank, 2), float(rank + 1), requires_grad=True)
+    padded = gather_padded(tokens)
+    padded.square().sum().backward()
+    assert tokens.grad is not None
+    mask = torch.ones(2, 3 + rank, dtype=torch.bool)
+    total = torch.tensor(6.0 if rank else 2.0)
+    return {
+        "whole": whole.detach(),
+        "gradient": x.grad,
+        "long": gather(torch.tensor([rank, rank + 5])),
+        "bool": gather(torch.tensor([bool(rank), True])),
+        "padded": padded.detach(),
+        "padded_gradient": tokens.grad,
+        "mask": gather_padded(mask),
+        "mean": global_mean(total, 3 if rank else 1),
+        "none": global_mean(torch.tensor(0.0), 0),
+    }
+
+
+def training(data: Path, out: Path, settings: list[str]) -> dict[str, Tensor]:
+    """A whole pretraining; the state of this process's objective at its end."""
+    made: list[torch.nn.Module] = []
+    real = train.create_objective
+
+    def create(*arguments: Any) -> torch.nn.Module:
+        made.append(real(*arguments))
+        return made[0]
+
+    train.create_objective = create
+    result = train.pretrain(
+        data, overrides=[*TINY, *settings], output=out, progress=Progress(quiet=True)
+    )
+    state = {k: v.clone() for k, v in made[0].state_dict().items()}
+    return {**state, "rerank_weight": torch.tensor(result.rerank_weight)}
+
+
+def work(rank: int, data: Path, out: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    dist.init_process_group("gloo", f"file://{out / 'meet'}", rank=rank, world_size=2)
+    results = {"primitives": primitives(rank)}
+    for case in CASES:
+        results[case] = losses_and_gradients(case, rank)
+    settings = json.loads((out / "settings.json").read_text())
+    results["training"] = training(data, out / "run", settings)
+    torch.save(results, out / f"{rank}.pt")
+
+
+if __name__ == "__main__":
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    arguments = (Path(sys.argv[1]), Path(sys.argv[2]))
+    torch.multiprocessing.start_processes(work, args=arguments, nprocs=2, start_method="fork")

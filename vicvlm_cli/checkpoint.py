@@ -1,0 +1,168 @@
+"""A whole model in one safetensors file: weights, and in its header config, tokenizer, origin."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vicvlm_cli.config import ModelConfig, from_dict, to_dict
+from vicvlm_cli.data.tokenizer import Tokenizer
+from vicvlm_cli.device import best_device
+from vicvlm_cli.errors import UserError
+from vicvlm_cli.inference import LoadedModel
+from vicvlm_cli.model.vlm import VLM
+
+FORMAT_VERSION = 1
+FILE_NAME = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What a checkpoint says of itself.
+
+    ``config`` is the whole run's configuration with the resolved model; ``data`` names the split
+    trained on (``source``, ``split_name``, ``split_hash``); ``rerank_weight`` is the weight of the
+    matching log-odds beside the similarity, chosen on validation; ``sha256`` is the file's.
+    """
+
+    format_version: int
+    config: dict[str, Any]
+    data: dict[str, Any]
+    objective: str
+    rerank_weight: float
+    sha256: str
+    path: Path
+
+
+def save_model(
+    path: Path,
+    model: VLM,
+    tokenizer: Tokenizer,
+    *,
+    config: dict[str, Any],
+    data: dict[str, Any],
+    objective: str,
+    rerank_weight: float,
+) -> None:
+    """Write the whole model; the file appears complete or not at all.
+
+    ``config`` is the run's configuration as plain data; its ``model`` part is replaced by the
+    model's own, which rebuilds without hub or local weights.
+    """
+    resolved = to_dict(model.config)
+    header = {
+        "format": "vicvlm",
+        "format_version": str(FORMAT_VERSION),
+        "config": json.dumps({**config, "model": resolved}),
+        "tokenizer": tokenizer.to_json(),
+        "data": json.dumps(data),
+        "objective": objective,
+        "rerank_weight": repr(rerank_weight),
+    }
+    tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        save_file(tensors, beside, metadata=header)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def load_model(path: str | Path, device: torch.device | str | None = None) -> LoadedModel:
+    """Load a checkpoint, or the ``model.safetensors`` of a run's folder, ready for inference.
+
+    The one loader. It reads safetensors only, so that nothing in the file can run.
+
+    Args:
+        path: file or run folder.
+        device: where the model goes; None picks the GPU if there is one.
+
+    Raises:
+        UserError: the file is missing, truncated, foreign, or made by a newer version.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / FILE_NAME
+    header, tensors = _read(path)
+    try:
+        config = json.loads(header["config"])
+        model = VLM(from_dict(ModelConfig, config["model"]))
+        tokenizer = Tokenizer.from_json(header["tokenizer"])
+        info = CheckpointInfo(
+            format_version=int(header["format_version"]),
+            config=config,
+            data=json.loads(header["data"]),
+            objective=header["objective"],
+            rerank_weight=float(header["rerank_weight"]),
+            sha256=_sha256(path),
+            path=path.resolve(),
+        )
+    except (KeyError, ValueError, TypeError, UserError) as error:
+        raise UserError(
+            f"{path} has a damaged vicvlm header: {error}; train or copy it again"
+        ) from error
+    own = model.state_dict()
+    wrong = sorted(
+        k for k in own.keys() | tensors.keys() if _shape(own.get(k)) != _shape(tensors.get(k))
+    )
+    if wrong:
+        raise UserError(
+            f"{path} does not hold the weights that its header promises ({len(wrong)} differ, "
+            f"the first is {wrong[0]}): copy it again"
+        )
+    model.load_state_dict(tensors)
+    device = torch.device(device) if device is not None else best_device()
+    return LoadedModel(model.to(device).eval(), tokenizer, info, device)
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    if not path.is_file():
+        raise UserError(
+            f"there is no checkpoint at {path}: name a model.safetensors or its run folder"
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            _check_header(header, path)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{path} is truncated or not a safetensors file ({error}): copy or train it again"
+        ) from error
+    return header, tensors
+
+
+def _check_header(header: dict[str, str], path: Path) -> None:
+    if header.get("format") != "vicvlm":
+        raise UserError(
+            f"{path} holds weights, but not of a vicvlm model: name a model.safetensors "
+            "written by vicvlm pretrain or finetune"
+        )
+    version = header.get("format_version", "")
+    if version.isdecimal() and int(version) > FORMAT_VERSION:
+        raise UserError(
+            f"{path} was written by a newer vicvlm (format {version}, this one reads up to "
+            f"{FORMAT_VERSION}): upgrade with pip install -U vicvlm"
+        )
+
+
+def _shape(tensor: Tensor | None) -> tuple[int, ...] | None:
+    return None if tensor is None else tuple(tensor.shape)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

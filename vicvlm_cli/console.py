@@ -1,0 +1,91 @@
+"""How a command speaks and fails.
+
+Tables and JSON go to stdout; notes, bars and errors to stderr. In a distributed launch only rank 0
+speaks. A user's mistake is one sentence and an exit code, never a traceback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from vicvlm_cli import remembered
+from vicvlm_cli.errors import UserError
+
+if TYPE_CHECKING:
+    from vicvlm_cli.report.progress import Progress
+
+RANK = int(os.environ.get("RANK") or 0)
+
+
+class Commands(TyperGroup):
+    """The one place where a user's mistake becomes a sentence on stderr and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            _fail(f"error: {error}", error.exit_code)
+        except KeyboardInterrupt:
+            _fail("stopped from the keyboard; what was finished before is kept", 130)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    if RANK == 0:
+        typer.echo(message, err=True)
+    raise typer.Exit(code)
+
+
+def make_progress() -> Progress:
+    """Bars and notes on stderr, from rank 0 only."""
+    from vicvlm_cli.report.progress import Progress
+
+    return Progress(quiet=RANK > 0)
+
+
+def default(kind: str, given: Path | None, option: str, progress: Progress) -> Path:
+    """`given`, or else what is remembered of this kind, with a note that says so.
+
+    Raises:
+        UserError: nothing is remembered, or it is gone; the message names `option`.
+    """
+    if given is not None:
+        return given
+    path = remembered.recall(kind, option)
+    how = {"data": "prepared", "checkpoint": "trained or evaluated", "gallery": "embedded"}[kind]
+    progress.say(f"{kind}: {path} (last {how}; {option} to change)")
+    return path
+
+
+def remember(kind: str, path: Path, progress: Progress) -> None:
+    """Make `path` the default of its kind for the commands that follow."""
+    if RANK == 0 and not remembered.remember(kind, path):
+        progress.say(f"note: {remembered.state_file()} cannot be written, so {kind} has no default")
+
+
+def call(workflow: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Run a workflow with stdout kept clean: what a library prints goes to stderr."""
+    with contextlib.redirect_stdout(sys.stderr):
+        return workflow(*args, **options)
+
+
+def show(result: Any, as_json: bool, tables: Callable[[Any], Iterable[Any]]) -> None:
+    """Print a workflow's result, as one JSON document or as Rich tables."""
+    if RANK > 0:
+        return
+    if as_json:
+        typer.echo(json.dumps(result.to_dict(), indent=2, ensure_ascii=False))
+        return
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    for table in tables(result):
+        console.print(table)

@@ -1,0 +1,151 @@
+"""Training batches with an order that depends on the seed and the epoch alone.
+
+The order of the *global* batch is fixed first and each process takes its rows of it, so that one
+process on the joint batch sees what several see together, and a run resumes at the exact batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from vicvlm_cli.config import DataConfig
+from vicvlm_cli.data.prepared import Split
+from vicvlm_cli.data.tokenizer import Tokenizer
+from vicvlm_cli.data.transforms import CROP_MARGIN, image_to_array, names_no_side
+from vicvlm_cli.errors import UserError
+
+
+@dataclass
+class Batch:
+    """What every objective eats.
+
+    ``image`` uint8 (float after augmentation) [B, 3, S, S]; ``input_ids`` long and
+    ``attention_mask`` bool [B, L]; ``image_id`` long [B], equal where two captions share a
+    picture; ``flip_ok`` bool [B], whether the mirrored picture still fits its caption.
+    """
+
+    image: Tensor
+    input_ids: Tensor
+    attention_mask: Tensor
+    image_id: Tensor
+    flip_ok: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on ``device``."""
+        return Batch(**{k: v.to(device, non_blocking=True) for k, v in self.__dict__.items()})
+
+    def pin_memory(self) -> Batch:
+        """Page-locked copies, for the loader's ``pin_memory``."""
+        return Batch(**{k: v.pin_memory() for k, v in self.__dict__.items()})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which (picture, caption) rows make up each batch of an epoch, for one process of several."""
+
+    captions: tuple[int, ...]  # captions of each picture
+    mode: str  # "one" or "all"
+    batch_size: int  # rows a process
+    seed: int
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def batches(self) -> int:
+        """Batches an epoch; the rest of the rows wait for another epoch's shuffle."""
+        rows = len(self.captions) if self.mode == "one" else sum(self.captions)
+        return rows // (self.batch_size * self.world_size)
+
+    def epoch(self, epoch: int, start: int = 0) -> list[np.ndarray]:
+        """Rows [(picture, caption), ...] of each batch of this process, from batch ``start`` on."""
+        rng = np.random.default_rng((self.seed, epoch))
+        counts = np.asarray(self.captions)
+        if self.mode == "one":
+            pictures = rng.permutation(len(counts))
+            rows = np.stack([pictures, (rng.random(len(counts)) * counts[pictures]).astype(int)], 1)
+        else:
+            pictures = np.repeat(np.arange(len(counts)), counts)
+            offsets = np.arange(len(pictures)) - np.repeat(np.cumsum(counts) - counts, counts)
+            rows = rng.permutation(np.stack([pictures, offsets], 1))
+        size = self.batch_size * self.world_size
+        mine = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
+        return [rows[b * size : (b + 1) * size][mine] for b in range(start, self.batches)]
+
+
+class Rows(Dataset[Batch]):
+    """Loads a whole batch at once: an index is a batch's rows.
+
+    Pictures are decoded once and kept in memory if all of them fit in ``cache_bytes``.
+
+    Args:
+        size: side in pixels of the loaded pictures, see :func:`load_size`.
+        max_tokens: longest caption, in tokens.
+    """
+
+    def __init__(
+        self, split: Split, tokenizer: Tokenizer, size: int, max_tokens: int, cache_bytes: int = 0
+    ) -> None:
+        self.split, self.tokenizer = split, tokenizer
+        self.size, self.max_tokens = size, max_tokens
+        self.decoded: Tensor | None = None
+        if len(split) * 3 * size * size <= cache_bytes:
+            # Shared, so that what one loader process decodes the next epoch's finds.
+            self.decoded = torch.empty(len(split), 3, size, size, dtype=torch.uint8)
+            self.is_decoded = torch.zeros(len(split), dtype=torch.bool)
+            self.decoded.share_memory_()
+            self.is_decoded.share_memory_()
+
+    def image(self, i: int) -> Tensor:
+        """The picture as uint8 [3, size, size]."""
+        if self.decoded is None:
+            return torch.from_numpy(image_to_array(self.split.image(i), self.size))
+        if not self.is_decoded[i]:
+            self.decoded[i] = torch.from_numpy(image_to_array(self.split.image(i), self.size))
+            self.is_decoded[i] = True
+        return self.decoded[i]
+
+    def __getitem__(self, rows: np.ndarray) -> Batch:
+        captions = [self.split.captions[i][c] for i, c in rows]
+        input_ids, attention_mask = self.tokenizer(captions, self.max_tokens)
+        return Batch(
+            image=torch.stack([self.image(int(i)) for i, _ in rows]),
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            image_id=torch.from_numpy(rows[:, 0].astype(np.int64)),
+            flip_ok=torch.tensor([names_no_side(c) for c in captions]),
+        )
+
+
+def load_size(image_size: int, data: DataConfig) -> int:
+    """Side of the loader's pictures: larger than the model's where random crops want room."""
+    return round(image_size * CROP_MARGIN) if data.crop_scale < 1 else image_size
+
+
+def batches(
+    rows: Rows, plan: Plan, epoch: int, start: int = 0, *, workers: int = 0, pin: bool = False
+) -> Iterator[Batch]:
+    """One epoch's batches of this process, from batch ``start`` on.
+
+    Raises:
+        UserError: the split is smaller than one batch.
+    """
+    if plan.batches == 0:
+        raise UserError(
+            f"{rows.split.title} does not fill one batch of {plan.batch_size} x {plan.world_size} "
+            "processes: lower --batch-size"
+        )
+    loader: DataLoader[Batch] = DataLoader(
+        rows,
+        batch_size=None,
+        sampler=plan.epoch(epoch, start),  # type: ignore[arg-type]
+        num_workers=workers,
+        pin_memory=pin,
+        prefetch_factor=4 if workers else None,
+    )
+    return iter(loader)

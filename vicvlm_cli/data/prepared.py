@@ -1,0 +1,173 @@
+"""The prepared data set: Arrow shards and a manifest. This is the only reader.
+
+    DIR/manifest.json                      what it is; written last: where it is, all is there
+    DIR/rejected.jsonl                     what was left out and why
+    DIR/train/train-1a2b3c4d-00000.arrow   columns image_id, split, image, captions, path
+
+The eight characters in a shard's name are the start of the manifest's fingerprint, so a data set
+can be rebuilt beside the old shards; readers change over when the manifest is replaced.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from vicvlm_cli.data.images import load_rgb
+from vicvlm_cli.errors import UserError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+REJECTED = "rejected.jsonl"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a prepared data set says about itself (dictionaries are keyed by split or reason)."""
+
+    source: str
+    split_name: str  # "karpathy", "entities", "random-seed0", …
+    partial: str  # "" or why: "test has 900 of 1,000 images; train is missing"
+    image_side: int
+    images: dict[str, int]
+    captions: dict[str, int]
+    size_bytes: dict[str, int]
+    split_hash: dict[str, str]
+    shards: dict[str, list[str]]  # paths relative to the data set
+    rejected: dict[str, int] = field(default_factory=dict)
+    vicvlm_version: str = ""
+    fingerprint: str = ""
+    format_version: int = FORMAT_VERSION
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def read(cls, path: Path) -> Manifest:
+        """Read `path`/manifest.json. Raises UserError: not prepared, damaged, or a newer format."""
+        file = path / MANIFEST
+        try:
+            content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            version = int(content["format_version"])
+        except (FileNotFoundError, NotADirectoryError):
+            raise UserError(
+                f"{path} is not a prepared data set (it has no {MANIFEST}); "
+                f"make one with `vicvlm prepare SOURCE DIR`"
+            ) from None
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(
+                f"{file} is damaged or not a manifest of vicvlm; run `vicvlm prepare` again"
+            ) from None
+        if version > FORMAT_VERSION:
+            raise UserError(
+                f"{path} has format {version}, made by vicvlm "
+                f"{content.get('vicvlm_version', '?')}; this one reads up to format "
+                f"{FORMAT_VERSION}: upgrade vicvlm"
+            )
+        known = {item.name for item in dataclasses.fields(cls)}
+        try:
+            return cls(**{key: value for key, value in content.items() if key in known})
+        except TypeError:
+            raise UserError(f"{file} lacks entries; run `vicvlm prepare` again") from None
+
+
+def split_hash(rows: Iterable[tuple[str, Iterable[str]]]) -> str:
+    """16 hex digits over the sorted (image_id, captions) of a split, whatever its order on disk."""
+    content = sorted((image_id, sorted(captions)) for image_id, captions in rows)
+    return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()[:16]
+
+
+class PreparedDataset:
+    """A prepared data set on disk."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, path: str | Path) -> PreparedDataset:
+        """Raises UserError if `path` is not a prepared data set or is in a newer format."""
+        path = Path(path)
+        return cls(path, Manifest.read(path))
+
+    @property
+    def splits(self) -> list[str]:
+        return list(self.manifest.images)
+
+    def split(self, name: str) -> Split:
+        """Raises UserError naming the splits there are, or the shard that is gone."""
+        if name not in self.manifest.images:
+            raise UserError(
+                f"{self.path} has no split '{name}'; it has {', '.join(self.splits)} "
+                f"(choose one with --split)"
+            )
+        files = [self.path / shard for shard in self.manifest.shards[name]]
+        for file in files:
+            if not file.is_file():
+                raise UserError(f"{file} is gone; run `vicvlm prepare` again")
+        return Split(name, self.manifest, files)
+
+
+class Split:
+    """One split, memory-mapped. Safe to pickle and to use after a fork: files reopen lazily."""
+
+    def __init__(self, name: str, manifest: Manifest, files: list[Path]) -> None:
+        self.name = name
+        self.hash = manifest.split_hash[name]
+        self._manifest = manifest
+        self._files = files
+
+    def __getstate__(self) -> dict[str, Any]:
+        opened = {"_data", "captions", "image_ids", "paths"}
+        return {key: value for key, value in self.__dict__.items() if key not in opened}
+
+    def __len__(self) -> int:
+        return self._manifest.images[self.name]
+
+    @property
+    def title(self) -> str:
+        """'flickr30k test (karpathy, 1,000 images, 5,000 captions, hash 1a2b3c4d)'."""
+        manifest = self._manifest
+        facts = [
+            manifest.split_name,
+            f"{manifest.images[self.name]:,} images",
+            f"{manifest.captions[self.name]:,} captions",
+            f"hash {self.hash[:8]}",
+        ]
+        if manifest.partial:
+            facts.append(f"partial: {manifest.partial}")
+        return f"{manifest.source} {self.name} ({', '.join(facts)})"
+
+    @cached_property
+    def _data(self) -> Any:
+        import datasets
+
+        shards = [datasets.Dataset.from_file(str(file)) for file in self._files]
+        whole = datasets.concatenate_datasets(shards)
+        return whole.cast_column("image", datasets.Image(decode=False))
+
+    @cached_property
+    def captions(self) -> list[list[str]]:
+        """The captions of every image."""
+        return self._data.data.column("captions").to_pylist()
+
+    @cached_property
+    def image_ids(self) -> list[str]:
+        return self._data.data.column("image_id").to_pylist()
+
+    @cached_property
+    def paths(self) -> list[str]:
+        """Where each image came from: a file, or 'archive.tar!member'."""
+        return self._data.data.column("path").to_pylist()
+
+    def image(self, i: int) -> Image.Image:
+        """Image `i`, decoded: RGB, with a short side of at most the manifest's `image_side`."""
+        return load_rgb(self._data[i]["image"]["bytes"])

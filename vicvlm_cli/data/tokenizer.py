@@ -1,0 +1,143 @@
+"""Captions to token ids: a WordPiece vocabulary trained on captions, or a BERT's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor
+
+from vicvlm_cli.errors import UserError
+
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+class Tokenizer:
+    """A BERT-style WordPiece tokenizer held as one JSON text, so that a checkpoint can carry it."""
+
+    def __init__(self, backend: Backend) -> None:
+        missing = [t for t in SPECIAL if backend.token_to_id(t) is None]
+        if missing:
+            raise UserError(
+                f"the tokenizer has no {', '.join(missing)}: use one of a BERT (WordPiece) model"
+            )
+        self.backend = backend
+        backend.no_padding()
+        backend.no_truncation()
+        self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (
+            backend.token_to_id(t) for t in SPECIAL
+        )
+
+    @classmethod
+    def train(cls, captions: Iterable[str], vocab_size: int) -> Tokenizer:
+        """A lower-casing WordPiece vocabulary of at most ``vocab_size`` learned from captions."""
+        captions = list(captions)
+        backend = _pipeline(models.WordPiece(unk_token="[UNK]"))
+        text = backend.normalizer.normalize_str(" ".join(captions))
+        words = {word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)}
+        # The trainer numbers the signs in the order of a hash table, another one in every process.
+        # Given beforehand they have fixed numbers, and so has everything that is built of them.
+        signs = sorted({sign for word in words for sign in word})
+        inner = sorted({f"##{sign}" for word in words for sign in word[1:]})
+        trainer = trainers.WordPieceTrainer(
+            vocab_size=vocab_size, special_tokens=[*SPECIAL, *signs, *inner], show_progress=False
+        )
+        backend.train_from_iterator(captions, trainer)
+        return cls(_of_vocabulary(backend.get_vocab(with_added_tokens=True)))
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str) -> Tokenizer:
+        """The tokenizer of a transformers BERT, by hub name or local folder.
+
+        Raises:
+            UserError: it cannot be loaded, or is not WordPiece.
+        """
+        from transformers import AutoTokenizer
+
+        try:
+            loaded = AutoTokenizer.from_pretrained(name_or_path, use_fast=True)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"no tokenizer could be loaded from {name_or_path!r}: name a BERT on the hub, or a "
+                "local folder with tokenizer.json or vocab.txt"
+            ) from error
+        return cls.from_json(loaded.backend_tokenizer.to_str())
+
+    @classmethod
+    def load(cls, text_encoder: str) -> Tokenizer:
+        """The tokenizer of ``text_encoder``; a local folder that holds only vocab.txt will do."""
+        folder = Path(text_encoder)
+        if (folder / "vocab.txt").is_file() and not (folder / "tokenizer_config.json").is_file():
+            lines = (folder / "vocab.txt").read_text("utf-8").splitlines()
+            return cls(_of_vocabulary({token: i for i, token in enumerate(lines)}))
+        return cls.from_pretrained(text_encoder)
+
+    @classmethod
+    def from_json(cls, text: str) -> Tokenizer:
+        """The inverse of :meth:`to_json`.
+
+        Raises:
+            UserError: the text is damaged, or not of a WordPiece tokenizer.
+        """
+        try:
+            backend = Backend.from_str(text)
+        except Exception as error:  # tokenizers raises nothing more particular
+            raise UserError(f"the tokenizer is damaged: {error}") from error
+        return cls(backend)
+
+    def to_json(self) -> str:
+        """The whole tokenizer as one JSON text."""
+        return self.backend.to_str()
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids, special ones included."""
+        return self.backend.get_vocab_size()
+
+    def continuation(self) -> Tensor:
+        """Bool [vocab_size]: the ids that go on with the word before them (``##ing``)."""
+        flags = torch.zeros(self.vocab_size, dtype=torch.bool)
+        for token, index in self.backend.get_vocab().items():
+            flags[index] = token.startswith("##")
+        return flags
+
+    def special_ids(self) -> tuple[int, ...]:
+        """Ids that are never masked."""
+        return (self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id)
+
+    def __call__(self, texts: list[str], max_tokens: int) -> tuple[Tensor, Tensor]:
+        """``input_ids`` [B, L] long and ``attention_mask`` [B, L] bool, L the longest of the batch.
+
+        Texts over ``max_tokens`` lose their end, never their [SEP].
+        """
+        rows = [e.ids for e in self.backend.encode_batch(texts)]
+        rows = [r if len(r) <= max_tokens else [*r[: max_tokens - 1], self.sep_id] for r in rows]
+        length = max(map(len, rows), default=0)
+        input_ids = torch.full((len(rows), length), self.pad_id, dtype=torch.long)
+        attention_mask = torch.zeros((len(rows), length), dtype=torch.bool)
+        for i, row in enumerate(rows):
+            input_ids[i, : len(row)] = torch.tensor(row)
+            attention_mask[i, : len(row)] = True
+        return input_ids, attention_mask
+
+
+def _pipeline(model: models.WordPiece) -> Backend:
+    """What BERT does around a vocabulary: lower case, words and signs apart."""
+    backend = Backend(model)
+    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    return backend
+
+
+def _of_vocabulary(vocabulary: dict[str, int]) -> Backend:
+    """A BERT tokenizer of the given tokens and ids."""
+    backend = _pipeline(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    ends = [(token, vocabulary.get(token)) for token in ("[SEP]", "[CLS]")]
+    if all(index is not None for _, index in ends):  # else the tokenizer will be refused
+        backend.post_processor = processors.BertProcessing(*ends)
+    backend.add_special_tokens([token for token in SPECIAL if token in vocabulary])
+    return backend

@@ -1,0 +1,80 @@
+"""Pictures to pixels: antialiased resizing on the host, augmentation batched on the device."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+# A caption that names a side is false of the mirrored picture.
+_SIDE = re.compile(r"\b(?:left|right|leftmost|rightmost|lefthand|righthand)\b", re.IGNORECASE)
+# Head room for random crops: the loader's pictures are this much larger than the model's.
+CROP_MARGIN = 1.125
+
+
+def image_to_array(image: Image.Image, size: int) -> np.ndarray:
+    """The whole picture as uint8 [3, size, size], resized with antialiasing.
+
+    The picture is squashed to a square rather than cropped: captions describe all of it.
+    """
+    if image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=2.0)
+    return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
+
+
+def names_no_side(caption: str) -> bool:
+    """Whether a horizontal flip keeps ``caption`` true."""
+    return _SIDE.search(caption) is None
+
+
+def random_crop(image: Tensor, size: int, scale: float, noise: Tensor, flip: Tensor) -> Tensor:
+    """Random resized crops and flips of a whole batch at once.
+
+    Args:
+        image: uint8 [B, 3, H, W].
+        size: side of the result.
+        scale: smallest area of a crop as a share of the picture; 1 keeps all of it.
+        noise: uniform [B, 4] in [0, 1): area, aspect ratio, and the crop's place.
+        flip: bool [B], which rows are mirrored.
+
+    Returns:
+        float [B, 3, size, size] in [0, 255].
+    """
+    area = scale + (1 - scale) * noise[:, 0]
+    ratio = torch.exp((noise[:, 1] * 2 - 1) * float(np.log(4 / 3)) * float(scale < 1))
+    half_w = (area * ratio).sqrt().clamp(max=1.0)  # [B], half of the [-1, 1] range covered
+    half_h = (area / ratio).sqrt().clamp(max=1.0)
+    center_x = (noise[:, 2] * 2 - 1) * (1 - half_w)
+    center_y = (noise[:, 3] * 2 - 1) * (1 - half_h)
+    sign = 1.0 - 2.0 * flip.to(half_w.dtype)
+    zero = torch.zeros_like(half_w)
+    theta = torch.stack(
+        [
+            torch.stack([half_w * sign, zero, center_x], dim=1),
+            torch.stack([zero, half_h, center_y], dim=1),
+        ],
+        dim=1,
+    )  # [B, 2, 3]
+    grid = F.affine_grid(theta, [image.shape[0], 3, size, size], align_corners=False)
+    return F.grid_sample(
+        image.float(), grid, mode="bilinear", padding_mode="reflection", align_corners=False
+    )
+
+
+def color_jitter(image: Tensor, strength: float, noise: Tensor) -> Tensor:
+    """Brightness, contrast and saturation changed by up to ``strength`` each.
+
+    ``image`` is float [B, 3, H, W] in [0, 255] and ``noise`` uniform [B, 3]. Hue stays: captions
+    name colours.
+    """
+    factor = 1 + strength * (noise * 2 - 1)
+    image = image * factor[:, 0, None, None, None]
+    mean = image.mean(dim=(1, 2, 3), keepdim=True)
+    image = mean + (image - mean) * factor[:, 1, None, None, None]
+    gray = image.mean(dim=1, keepdim=True)
+    image = gray + (image - gray) * factor[:, 2, None, None, None]
+    return image.clamp(0, 255)

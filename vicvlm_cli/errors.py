@@ -1,0 +1,15 @@
+"""The errors a user can mend. Everything else is a bug and keeps its traceback."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """A mistake a user can mend: one sentence on what is wrong, where, and what to do next."""
+
+    exit_code = 1
+
+
+class UsageError(UserError):
+    """A command line or configuration that makes no sense before any work has begun."""
+
+    exit_code = 2

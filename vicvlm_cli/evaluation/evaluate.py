@@ -1,0 +1,133 @@
+"""The two retrieval tables of one split: dual encoder alone, and re-ranked by ITM."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vicvlm_cli.data.prepared import Split
+from vicvlm_cli.data.tokenizer import Tokenizer
+from vicvlm_cli.evaluation.recall import RetrievalMetrics, evaluate_features
+from vicvlm_cli.evaluation.rerank import TOP_K, rerank
+from vicvlm_cli.evaluation.tokens import encode_split
+from vicvlm_cli.inference import IMAGE_BATCH, can_match
+from vicvlm_cli.model.vlm import VLM
+from vicvlm_cli.report.progress import Progress
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`reranked` is None where no re-ranking was asked for or the model has no matching head."""
+
+    dual: RetrievalMetrics
+    reranked: RetrievalMetrics | None
+    rerank_weight: float
+    top_k: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers for JSON."""
+        return {
+            "dual": self.dual.to_dict(),
+            "reranked": self.reranked.to_dict() if self.reranked else None,
+            "rerank_weight": self.rerank_weight,
+            "top_k": self.top_k,
+        }
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """An evaluation with all that a reader of its figures must know.
+
+    `data_title` names source, split, its name, counts and hash, and says so where it is partial;
+    `notes` are further warnings, such as a model that was trained on another split.
+    """
+
+    evaluation: Evaluation
+    checkpoint: Path
+    sha256: str
+    objective: str
+    data: Path
+    source: str
+    split: str
+    split_name: str
+    split_hash: str
+    partial: str
+    data_title: str
+    precision: str
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        dual = self.evaluation.dual
+        return {
+            "checkpoint": {
+                "path": str(self.checkpoint),
+                "sha256": self.sha256,
+                "objective": self.objective,
+            },
+            "data": {
+                "path": str(self.data),
+                "source": self.source,
+                "split": self.split,
+                "split_name": self.split_name,
+                "split_hash": self.split_hash,
+                "partial": self.partial,
+                "images": dual.images,
+                "captions": dual.captions,
+            },
+            **self.evaluation.to_dict(),
+            "precision": self.precision,
+            "notes": self.notes,
+        }
+
+
+def evaluate_split(
+    vlm: VLM,
+    tokenizer: Tokenizer,
+    split: Split,
+    *,
+    device: torch.device,
+    precision: str = "auto",
+    top_k: int = TOP_K,
+    rerank_weight: float | None = None,
+    batch_size: int = IMAGE_BATCH,
+    images: int | None = None,
+    progress: Progress,
+) -> Evaluation:
+    """Encodes a split once and measures both tables on it.
+
+    Serves a live model in training as well: modules are put into evaluation mode and back.
+
+    Args:
+        device: where `vlm` is.
+        top_k: candidates a query to re-rank; 0 for the dual table only.
+        rerank_weight: what ITM counts in the combined score; None chooses it on this split
+            (only for validation).
+        images: evaluate the first so many images only.
+
+    Raises:
+        UserError: the split is empty or damaged.
+    """
+    matching = top_k > 0 and can_match(vlm)
+    # At weight 0 the candidates keep their order: the dual table is the re-ranked one.
+    scoring = matching and rerank_weight != 0
+    features = encode_split(
+        vlm,
+        tokenizer,
+        split,
+        device=device,
+        precision=precision,
+        batch_size=batch_size,
+        keep_tokens=scoring,
+        images=images,
+        progress=progress,
+    )
+    dual = evaluate_features(features.image, features.text, features.text_image)
+    if not scoring:
+        return Evaluation(dual, dual if matching else None, 0.0, top_k if matching else 0)
+    scored = rerank(vlm, features, top_k=top_k, precision=precision, progress=progress)
+    weight = scored.choose_weight() if rerank_weight is None else rerank_weight
+    return Evaluation(dual, scored.metrics(weight), weight, top_k)

@@ -1,0 +1,142 @@
+"""Retrieval metrics: ranks, recall at K, RSUM; ties and NaN count against the model."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BLOCK = 1024
+
+
+def similarity(queries: Tensor, gallery: Tensor) -> Tensor:
+    """Inner products [Q, G] in float64, rounded to float32.
+
+    A float32 product depends on where a row lies in the tile; rounding the float64 one gives
+    equal rows equal scores, so that a tie is seen as a tie.
+    """
+    return (queries.double() @ gallery.double().T).float()
+
+
+def adverse(scores: Tensor, positive: Tensor) -> Tensor:
+    """float64 keys under which every positive sorts after the negatives that it ties with.
+
+    `positive` is a bool mask of the shape of `scores`. A positive moves down by one step of
+    float64, which is less than any difference between float32 scores. NaN is the best
+    key for a negative and the worst for a positive.
+    """
+    keys = scores.double()
+    lowest = keys.new_tensor(-torch.inf)
+    wins = torch.nan_to_num(keys, nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    loses = torch.nextafter(torch.where(keys.isnan(), lowest, keys), lowest)
+    return torch.where(positive, loses, wins)
+
+
+def ranks(
+    queries: Tensor,
+    gallery: Tensor,
+    query_group: Tensor,
+    gallery_group: Tensor,
+    block: int = BLOCK,
+) -> Tensor:
+    """The 1-based rank [Q] of each query's best-scoring positive in the gallery.
+
+    queries [Q, P], gallery [G, P]; a gallery row is positive for a query of the same group
+    (long [Q] and [G]). Every negative that does not score strictly below the best positive comes
+    before it. A query without any positive gets rank G + 1. Memory: block x block scores.
+    """
+    found = []
+    for rows, group in zip(queries.split(block), query_group.split(block), strict=True):
+        best = torch.full((len(rows), 1), -torch.inf, dtype=torch.float64)
+        # Twice over the gallery: first the best positive, then the negatives before it.
+        for part, part_group in zip(gallery.split(block), gallery_group.split(block), strict=True):
+            positive = group[:, None] == part_group
+            keys = adverse(similarity(rows, part), positive).masked_fill(~positive, -torch.inf)
+            best = torch.maximum(best, keys.amax(1, keepdim=True))
+        before = torch.zeros(len(rows), dtype=torch.long)
+        for part, part_group in zip(gallery.split(block), gallery_group.split(block), strict=True):
+            positive = group[:, None] == part_group
+            keys = adverse(similarity(rows, part), positive)
+            before += ((keys > best) & ~positive).sum(1)
+        found.append(before + 1)
+    return torch.cat(found)
+
+
+@dataclass(frozen=True)
+class Recall:
+    """Recall at 1, 5 and 10 in percent, the median and mean rank, over `queries` queries."""
+
+    r1: float
+    r5: float
+    r10: float
+    median_rank: float
+    mean_rank: float
+    queries: int
+
+
+def recall(ranks: Tensor) -> Recall:
+    """Recall figures of 1-based ranks [Q]: the share of queries with a match in the top K.
+
+    The median of an even number of ranks is the mean of the middle two. Raises ValueError
+    without ranks.
+    """
+    if len(ranks) == 0:
+        raise ValueError("no queries to evaluate")
+    ordered = ranks.double().sort().values
+    middle = ordered[[(len(ordered) - 1) // 2, len(ordered) // 2]].mean()
+    r1, r5, r10 = (100.0 * (ranks <= k).double().mean().item() for k in (1, 5, 10))
+    return Recall(
+        r1=r1,
+        r5=r5,
+        r10=r10,
+        median_rank=middle.item(),
+        mean_rank=ordered.mean().item(),
+        queries=len(ranks),
+    )
+
+
+@dataclass(frozen=True)
+class RetrievalMetrics:
+    """Both directions: text queries over images, image queries over texts."""
+
+    image_retrieval: Recall
+    text_retrieval: Recall
+    images: int
+    captions: int
+
+    @property
+    def rsum(self) -> float:
+        """The sum of the six recalls (600 is perfect)."""
+        both = (self.image_retrieval, self.text_retrieval)
+        return sum(r.r1 + r.r5 + r.r10 for r in both)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers for JSON."""
+        return {**asdict(self), "rsum": self.rsum}
+
+
+def metrics(image_ranks: Tensor, text_ranks: Tensor) -> RetrievalMetrics:
+    """Metrics from the ranks of text queries [T] (the image's rank) and image queries [I]."""
+    return RetrievalMetrics(
+        image_retrieval=recall(image_ranks),
+        text_retrieval=recall(text_ranks),
+        images=len(text_ranks),
+        captions=len(image_ranks),
+    )
+
+
+def evaluate_features(
+    image_features: Tensor, text_features: Tensor, text_image: Tensor, block: int = BLOCK
+) -> RetrievalMetrics:
+    """Metrics of image features [I, P] and text features [T, P].
+
+    text_image [T] names each text's image (0 <= text_image < I); an image may have any number
+    of texts. Features are compared by inner product: normalise them first for the cosine.
+    """
+    image = torch.arange(len(image_features))
+    return metrics(
+        ranks(text_features, image_features, text_image, image, block),
+        ranks(image_features, text_features, image, text_image, block),
+    )

@@ -1,0 +1,195 @@
+"""Re-ranking: the dual encoder's top k candidates, ordered by similarity and ITM together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vicvlm_cli.evaluation.recall import (
+    BLOCK,
+    RetrievalMetrics,
+    adverse,
+    metrics,
+    ranks,
+    similarity,
+)
+from vicvlm_cli.evaluation.tokens import SplitFeatures
+from vicvlm_cli.gallery.search import running_top_k
+from vicvlm_cli.inference import inferring
+from vicvlm_cli.model.vlm import VLM, Encoded
+from vicvlm_cli.report.progress import Progress
+
+TOP_K = 128
+WEIGHTS = (0.0, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0)
+# Bounds of one batch of pairs, counting the gathered tokens in float32. A CPU is twice as fast
+# where the batch stays in its cache.
+MAX_PAIRS = 1024
+TOKEN_BYTES = {"cpu": 8 * 2**20, "cuda": 256 * 2**20}
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The dual encoder's best k gallery rows for every query, and its own rank of the positive.
+
+    index [Q, k] long, cosine [Q, k] float32, positive [Q, k] bool, dual_rank [Q] long.
+    """
+
+    index: Tensor
+    cosine: Tensor
+    positive: Tensor
+    dual_rank: Tensor
+
+    def ranks(self, logit: Tensor, scale: float, weight: float) -> Tensor:
+        """Ranks [Q] with the candidates ordered by scale * cosine + weight * logit [Q, k].
+
+        Candidates come before everything else, which keeps the dual order. Ties and NaN count
+        against the model. Weight 0 gives `dual_rank` exactly.
+        """
+        # In float64: scaling in float32 would make ties that the cosines do not have.
+        combined = scale * self.cosine.double()
+        if weight:
+            combined = combined + weight * logit.double()
+        keys = adverse(combined, self.positive)
+        best = keys.masked_fill(~self.positive, -torch.inf).amax(1, keepdim=True)
+        before = ((keys > best) & ~self.positive).sum(1)
+        return torch.where(self.positive.any(1), before + 1, self.dual_rank)
+
+
+def candidates(
+    queries: Tensor,
+    gallery: Tensor,
+    query_group: Tensor,
+    gallery_group: Tensor,
+    k: int,
+    block: int = BLOCK,
+) -> Candidates:
+    """The top k by inner product, in blocks; arguments as in `recall.ranks`.
+
+    At equal scores the negatives go first, so that a positive never becomes a candidate ahead of
+    a negative that it ties with.
+    """
+    indices, cosines = [], []
+    for rows, group in zip(queries.split(block), query_group.split(block), strict=True):
+        parts = zip(gallery.split(block), gallery_group.split(block), strict=True)
+        keys, index = running_top_k(
+            (adverse(similarity(rows, part), group[:, None] == of) for part, of in parts), k
+        )
+        indices.append(index)
+        cosines.append(keys.float())  # rounds the step that `adverse` took away again
+    index = torch.cat(indices)
+    return Candidates(
+        index=index,
+        cosine=torch.cat(cosines),
+        positive=gallery_group[index] == query_group[:, None],
+        dual_rank=ranks(queries, gallery, query_group, gallery_group, block),
+    )
+
+
+def match_pairs(
+    vlm: VLM,
+    features: SplitFeatures,
+    image_index: Tensor,
+    text_index: Tensor,
+    *,
+    precision: str = "auto",
+    progress: Progress,
+) -> Tensor:
+    """ITM log-odds [n] of pairs (image_index [n], text_index [n]), in large batches.
+
+    Pairs are taken by text length, so that padding is small, and in batches whose gathered
+    tokens stay below a fixed number of bytes: memory does not grow with n.
+
+    Raises ValueError where `features` were made without tokens.
+    """
+    images, texts = features.image_tokens, features.text_tokens
+    if images is None or texts is None:
+        raise ValueError("re-ranking needs features with tokens")
+    logits = torch.empty(len(image_index))
+    order = texts.lengths[text_index].argsort(stable=True)
+    limit = TOKEN_BYTES.get(images.device.type, TOKEN_BYTES["cpu"])
+    at = 0
+    with progress.bar("re-ranking", len(order), "pairs") as bar:
+        while at < len(order):
+            # Texts get longer: the batch is sized by the longest that could be in it.
+            end = order[min(at + MAX_PAIRS, len(order)) - 1]
+            tokens = int(images.lengths[image_index[end]] + texts.lengths[text_index[end]])
+            size = min(MAX_PAIRS, max(1, limit // (4 * tokens * vlm.config.text_width)))
+            rows = order[at : at + size]
+            image, text = image_index[rows], text_index[rows]
+            with inferring(vlm, images.device, precision):
+                logit = vlm.match(
+                    Encoded(features.image[image].to(images.device), *images.gather(image)),
+                    Encoded(features.text[text].to(images.device), *texts.gather(text)),
+                )
+            logits[rows] = logit.float().cpu()
+            at += len(rows)
+            bar.advance(len(rows))
+    return logits
+
+
+@dataclass(frozen=True)
+class Reranking:
+    """Both directions' candidates with their ITM log-odds, computed once for any weight.
+
+    images: for every text [T, k]; texts: for every image [I, k']; scale: exp(logit_scale).
+    """
+
+    images: Candidates
+    texts: Candidates
+    image_logit: Tensor
+    text_logit: Tensor
+    scale: float
+
+    def metrics(self, weight: float) -> RetrievalMetrics:
+        """The table with ITM at `weight`."""
+        return metrics(
+            self.images.ranks(self.image_logit, self.scale, weight),
+            self.texts.ranks(self.text_logit, self.scale, weight),
+        )
+
+    def choose_weight(self, grid: tuple[float, ...] = WEIGHTS) -> float:
+        """The weight of highest RSUM on these data; of equals the smallest."""
+        return max(sorted(grid), key=lambda weight: self.metrics(weight).rsum)
+
+
+def rerank(
+    vlm: VLM,
+    features: SplitFeatures,
+    *,
+    top_k: int = TOP_K,
+    precision: str = "auto",
+    progress: Progress,
+) -> Reranking:
+    """Finds the top k of both directions and scores every pair among them once.
+
+    Raises ValueError where `features` were made without tokens.
+    """
+    image_group = torch.arange(len(features.image))
+    text_group = features.text_image
+    images = candidates(features.text, features.image, text_group, image_group, top_k)
+    texts = candidates(features.image, features.text, image_group, text_group, top_k)
+    # A pair may be a candidate in both directions; it is one number, number = image * T + text.
+    count = len(features.text)
+    wanted = [
+        (images.index * count + torch.arange(count)[:, None]).flatten(),
+        (texts.index + image_group[:, None] * count).flatten(),
+    ]
+    pairs, where = torch.cat(wanted).unique(return_inverse=True)
+    logits = match_pairs(
+        vlm,
+        features,
+        pairs // count,
+        pairs % count,
+        precision=precision,
+        progress=progress,
+    )[where]
+    first, second = logits.split([images.index.numel(), texts.index.numel()])
+    return Reranking(
+        images=images,
+        texts=texts,
+        image_logit=first.view_as(images.index),
+        text_logit=second.view_as(texts.index),
+        scale=vlm.logit_scale.detach().float().exp().item(),
+    )

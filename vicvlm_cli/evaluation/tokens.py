@@ -1,0 +1,136 @@
+"""Features of a whole split: encoded once, and their tokens kept for re-ranking."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vicvlm_cli.data.prepared import Split
+from vicvlm_cli.data.tokenizer import Tokenizer
+from vicvlm_cli.errors import UserError
+from vicvlm_cli.inference import (
+    IMAGE_BATCH,
+    autocast_dtype,
+    encode_image_batches,
+    encode_text_batches,
+)
+from vicvlm_cli.model.vlm import VLM, Encoded
+from vicvlm_cli.report.progress import Progress
+
+
+class TokenBank:
+    """Token features of n items without their padding, to gather for any batch of pairs.
+
+    On a GPU they stay there while they fit into a third of what is free, else in main memory.
+    Memory: the real tokens of n items in `dtype`, nothing that grows with pairs.
+    """
+
+    def __init__(self, count: int, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+        self.lengths = torch.zeros(count, dtype=torch.long)
+        self._starts = torch.zeros(count, dtype=torch.long)
+        self._chunks: list[Tensor] = []
+        self._filled = 0
+        self._home = device
+        self._masked = True
+
+    def add(self, index: Tensor, encoded: Encoded) -> None:
+        """Stores the rows of `encoded` as the items `index` [B]; each item once."""
+        tokens, mask = encoded.tokens, encoded.mask
+        self._masked = mask is not None
+        if mask is None:
+            mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        if not self._chunks and self.device.type == "cuda":
+            needed = tokens[0].numel() * self.dtype.itemsize * len(self.lengths)
+            fits = needed < torch.cuda.mem_get_info(self.device)[0] / 3
+            self._home = self.device if fits else torch.device("cpu")
+        lengths = mask.sum(1).cpu()
+        self.lengths[index] = lengths
+        self._starts[index] = self._filled + lengths.cumsum(0) - lengths
+        self._filled += int(lengths.sum())
+        self._chunks.append(tokens[mask].to(self._home, self.dtype))
+
+    def gather(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Tokens [B, L, D] of items `index` [B] and their mask [B, L] (None: no item has one)."""
+        if len(self._chunks) > 1:
+            self._chunks = [torch.cat(self._chunks)]
+        lengths = self.lengths[index]
+        position = torch.arange(int(lengths.max()))
+        mask = position < lengths[:, None]
+        at = self._starts[index][:, None] + position.where(mask, 0)
+        tokens = self._chunks[0][at.to(self._home)].to(self.device)
+        return tokens, mask.to(self.device) if self._masked else None
+
+
+@dataclass(frozen=True)
+class SplitFeatures:
+    """Unit features of a split's images [I, P] and captions [T, P]; text_image [T] joins them.
+
+    The token banks are None where no re-ranking was asked for.
+    """
+
+    image: Tensor
+    text: Tensor
+    text_image: Tensor
+    image_tokens: TokenBank | None
+    text_tokens: TokenBank | None
+
+
+def encode_split(
+    vlm: VLM,
+    tokenizer: Tokenizer,
+    split: Split,
+    *,
+    device: torch.device,
+    precision: str = "auto",
+    batch_size: int = IMAGE_BATCH,
+    keep_tokens: bool = True,
+    images: int | None = None,
+    progress: Progress,
+) -> SplitFeatures:
+    """Encodes the first `images` (None: all) of a split, with all of their captions.
+
+    Raises UserError where the split holds no image, or one that cannot be read.
+    """
+    count = len(split) if images is None else min(images, len(split))
+    captions = split.captions[:count]
+    texts = [caption for group in captions for caption in group]
+    if not texts:
+        raise UserError(f"{split.title} has nothing to evaluate: choose another with --split")
+    group_sizes = torch.tensor([len(group) for group in captions])
+    dim = vlm.config.projection_dim
+    image, text = torch.empty(count, dim), torch.empty(len(texts), dim)
+    dtype = autocast_dtype(device, precision) or torch.float32
+    image_tokens = TokenBank(count, device, dtype) if keep_tokens else None
+    text_tokens = TokenBank(len(texts), device, dtype) if keep_tokens else None
+    with progress.bar("encoding pictures", count, "images") as bar:
+        for batch in encode_image_batches(
+            vlm,
+            range(count),
+            split.image,
+            device=device,
+            precision=precision,
+            batch_size=batch_size,
+        ):
+            for i, reason in batch.bad:
+                raise UserError(
+                    f"image {split.image_ids[i]} of {split.title} is {reason}: "
+                    "the shards are damaged, run `vicvlm prepare` again"
+                )
+            index = torch.tensor(batch.rows)
+            image[index] = batch.encoded.features.cpu()
+            if image_tokens is not None:
+                image_tokens.add(index, batch.encoded)
+            bar.advance(len(index))
+    with progress.bar("encoding captions", len(texts), "captions") as bar:
+        for index, encoded in encode_text_batches(
+            vlm, tokenizer, texts, device=device, precision=precision
+        ):
+            text[index] = encoded.features.cpu()
+            if text_tokens is not None:
+                text_tokens.add(index, encoded)
+            bar.advance(len(index))
+    text_image = torch.arange(count).repeat_interleave(group_sizes)
+    return SplitFeatures(image, text, text_image, image_tokens, text_tokens)

@@ -1,0 +1,195 @@
+"""A gallery on disk: one directory that is written whole.
+
+features.safetensors    features [n, P] float32, rows of unit length
+items.jsonl             a line a picture: path, id, captions, split, index
+skipped.jsonl           a line a picture that could not be read: path, reason
+gallery.json            format version, model (path, sha256), where the pictures lie, counts
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vicvlm_cli.data.images import load_rgb
+from vicvlm_cli.data.prepared import PreparedDataset, Split
+from vicvlm_cli.errors import UserError
+from vicvlm_cli.gallery.search import exact_top_k
+
+FORMAT_VERSION = 1
+HEADER = "gallery.json"
+
+
+@dataclass(frozen=True)
+class GalleryItem:
+    """One picture: its path below the source, an id, its captions, and its place in a split."""
+
+    path: str
+    id: str
+    captions: list[str] = field(default_factory=list)
+    split: str = ""
+    index: int = 0
+
+
+@dataclass
+class Gallery:
+    """Embedded pictures: features [n, P] float32 of unit length, and what each row is.
+
+    `source` is the folder of pictures or the prepared data set (`prepared`) that they come from;
+    `model_sha256` and `model_path` name the checkpoint that made the features.
+    """
+
+    features: Tensor
+    items: list[GalleryItem]
+    model_sha256: str
+    model_path: str
+    source: str
+    prepared: bool = False
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    _splits: dict[str, Split] = field(default_factory=dict, init=False, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def search(self, features: Tensor, k: int = 10) -> tuple[Tensor, Tensor]:
+        """The k most similar pictures for each query: cosines and row numbers, [Q, min(k, n)].
+
+        `features` are [Q, P] (or [P] for one query) of unit length, by the model that made the
+        gallery. Raises UserError where they have another length P.
+        """
+        queries = features.reshape(-1, features.shape[-1]).float()
+        if queries.shape[1] != self.features.shape[1]:
+            raise UserError(
+                f"the query has {queries.shape[1]} dimensions and the gallery "
+                f"{self.features.shape[1]}: use the model that made it ({self.model_path})"
+            )
+        return exact_top_k(queries, self.features, k)
+
+    def location(self, row: int) -> str:
+        """Where a person finds the picture: its file, or where it came from when prepared."""
+        path = self.items[row].path
+        return path if self.prepared else str(Path(self.source) / path)
+
+    def image(self, row: int, at_least: int | None = None) -> Image.Image:
+        """The picture of a row, RGB; `at_least` as in `data.images.load_rgb`.
+
+        Raises BadImage where its file is gone or damaged, UserError where the data set is.
+        """
+        item = self.items[row]
+        if self.prepared:
+            if item.split not in self._splits:
+                self._splits[item.split] = PreparedDataset.open(self.source).split(item.split)
+            split = self._splits[item.split]
+            if split.image_ids[item.index : item.index + 1] != [item.id]:
+                raise UserError(
+                    f"{self.source} was prepared anew since this gallery was made: "
+                    "run `vicvlm embed` again"
+                )
+            return split.image(item.index)
+        return load_rgb(Path(self.source) / item.path, at_least=at_least)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the gallery to the directory `path`, replacing a gallery that is there.
+
+        Raises UserError where something else is there, or where it cannot be written.
+        """
+        path = Path(path)
+        if _is_foreign(path):
+            raise UserError(f"{path} exists and is not a gallery: choose another directory")
+        header = {
+            "format_version": FORMAT_VERSION,
+            "model": {"path": self.model_path, "sha256": self.model_sha256},
+            "source": self.source,
+            "prepared": self.prepared,
+            "count": len(self.items),
+            "dim": self.features.shape[1],
+            "skipped": len(self.skipped),
+        }
+        path = path.resolve()
+        beside, old = (path.with_name(f".{path.name}.{os.getpid()}.{x}") for x in ("new", "old"))
+        try:
+            shutil.rmtree(beside, ignore_errors=True)  # of a process that was killed
+            beside.mkdir(parents=True)
+            save_file({"features": self.features.contiguous()}, beside / "features.safetensors")
+            _write_lines(beside / "items.jsonl", (asdict(item) for item in self.items))
+            _write_lines(
+                beside / "skipped.jsonl", ({"path": p, "reason": r} for p, r in self.skipped)
+            )
+            (beside / HEADER).write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
+            if path.exists():
+                os.replace(path, old)
+            os.replace(beside, path)
+            shutil.rmtree(old, ignore_errors=True)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"cannot write the gallery {path}: {error}") from error
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+
+    @classmethod
+    def open(cls, path: str | Path) -> Gallery:
+        """Reads a gallery. Raises UserError: not a gallery, damaged, or of a newer format."""
+        path = Path(path)
+        try:
+            header: dict[str, Any] = json.loads((path / HEADER).read_text(encoding="utf-8"))
+            version = int(header["format_version"])
+        except (FileNotFoundError, NotADirectoryError):
+            raise UserError(
+                f"{path} is not a gallery (it has no {HEADER}); make one with `vicvlm embed`"
+            ) from None
+        except (OSError, ValueError, KeyError, TypeError):
+            raise _damaged(path) from None
+        if version > FORMAT_VERSION:
+            raise UserError(
+                f"{path} has format {version}, and this vicvlm reads up to {FORMAT_VERSION}: "
+                "upgrade vicvlm, or run `vicvlm embed` again"
+            )
+        try:
+            features = load_file(path / "features.safetensors")["features"].float()
+            items = [GalleryItem(**line) for line in _read_lines(path / "items.jsonl")]
+            skipped = [(s["path"], s["reason"]) for s in _read_lines(path / "skipped.jsonl")]
+            gallery = cls(
+                features=features,
+                items=items,
+                model_sha256=header["model"]["sha256"],
+                model_path=header["model"]["path"],
+                source=header["source"],
+                prepared=header["prepared"],
+                skipped=skipped,
+            )
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+            raise _damaged(path) from None
+        shape = (header.get("count"), header.get("dim"))
+        if tuple(features.shape) != shape or len(items) != len(features):
+            raise _damaged(path)
+        return gallery
+
+
+def _damaged(path: Path) -> UserError:
+    return UserError(f"the gallery {path} is damaged: run `vicvlm embed` again")
+
+
+def _is_foreign(path: Path) -> bool:
+    if not path.exists():
+        return False
+    return not path.is_dir() or (any(path.iterdir()) and not (path / HEADER).is_file())
+
+
+def _write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    # File names need not be UTF-8: their stray bytes go through unchanged.
+    with path.open("w", encoding="utf-8", errors="surrogateescape") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    with path.open(encoding="utf-8", errors="surrogateescape") as file:
+        return [json.loads(line) for line in file]

@@ -1,0 +1,257 @@
+"""A trained model at work: pictures and texts to features, pairs to scores.
+
+`LoadedModel` is the Python API; the functions above it serve live models in training too.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from vicvlm_cli.data.images import BadImage, ImageSource, load_rgb
+from vicvlm_cli.data.tokenizer import Tokenizer
+from vicvlm_cli.data.transforms import image_to_array
+from vicvlm_cli.device import supports_bf16
+from vicvlm_cli.errors import UserError
+from vicvlm_cli.model.vlm import VLM, Encoded
+from vicvlm_cli.report.progress import Progress
+
+if TYPE_CHECKING:
+    from vicvlm_cli.checkpoint import CheckpointInfo
+
+IMAGE_BATCH = 64
+TEXT_BATCH = 256
+T = TypeVar("T")
+
+
+def autocast_dtype(device: torch.device, precision: str = "auto") -> torch.dtype | None:
+    """The half-precision type to compute in, None for float32.
+
+    `precision` is "no", "bf16", "fp16", or "auto": bfloat16 where the device gains from it.
+    """
+    if precision == "auto":
+        precision = "bf16" if supports_bf16(device) else "no"
+    return {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+@contextmanager
+def inferring(vlm: VLM, device: torch.device, precision: str = "auto") -> Iterator[None]:
+    """Evaluation mode, no gradients, autocast; every module's own mode is put back at the end."""
+    modes = [(module, module.training) for module in vlm.modules()]
+    dtype = autocast_dtype(device, precision)
+    vlm.eval()
+    try:
+        with (
+            torch.inference_mode(),
+            torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None),
+        ):
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def can_match(vlm: VLM) -> bool:
+    """Whether the model can score pairs by ITM; a method without a fusion encoder cannot."""
+    return getattr(vlm, "itm_head", None) is not None
+
+
+def _normalized(encoded: Encoded) -> Encoded:
+    # Half precision leaves lengths that are off by up to 1 %, and a gallery stores unit vectors.
+    return encoded._replace(features=F.normalize(encoded.features.float(), dim=-1))
+
+
+class ImageBatch(NamedTuple):
+    """Encoded pictures, their positions among the sources, and (position, reason) of failures."""
+
+    rows: list[int]
+    encoded: Encoded
+    bad: list[tuple[int, str]]
+
+
+def encode_image_batches(
+    vlm: VLM,
+    sources: Iterable[T],
+    load: Callable[[T], Image.Image],
+    *,
+    device: torch.device,
+    precision: str = "auto",
+    batch_size: int = IMAGE_BATCH,
+) -> Iterator[ImageBatch]:
+    """Encodes pictures in batches, in order; threads decode the next batch meanwhile.
+
+    `load` turns one source into an RGB picture; those for which it raises `BadImage` are left out
+    and named with the reason. A batch may come out empty.
+    """
+    size = vlm.config.image_size
+
+    def read(source: T) -> np.ndarray | str:
+        try:
+            return image_to_array(load(source), size)
+        except BadImage as error:
+            return error.reason
+
+    remaining, start = iter(sources), 0
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+
+        def submit() -> list[Future[np.ndarray | str]]:
+            return [pool.submit(read, source) for source in islice(remaining, batch_size)]
+
+        waiting = submit()
+        while waiting:
+            read_now, waiting = [future.result() for future in waiting], submit()
+            good = {i: p for i, p in enumerate(read_now, start) if isinstance(p, np.ndarray)}
+            bad = [(i, p) for i, p in enumerate(read_now, start) if isinstance(p, str)]
+            start += len(read_now)
+            pixels = np.stack(list(good.values())) if good else np.empty((0, 3, size, size), "u1")
+            with inferring(vlm, device, precision):
+                encoded = _normalized(vlm.encode_image(torch.from_numpy(pixels).to(device)))
+            yield ImageBatch(list(good), encoded, bad)
+
+
+def encode_text_batches(
+    vlm: VLM,
+    tokenizer: Tokenizer,
+    texts: list[str],
+    *,
+    device: torch.device,
+    precision: str = "auto",
+    batch_size: int = TEXT_BATCH,
+) -> Iterator[tuple[Tensor, Encoded]]:
+    """Encodes texts, shortest first so that little is padding: (positions [B], Encoded)."""
+    if not texts:
+        return
+    input_ids, mask = tokenizer(texts, vlm.config.max_tokens)
+    lengths = mask.sum(1)
+    for index in lengths.argsort(stable=True).split(batch_size):
+        longest = int(lengths[index].max())
+        with inferring(vlm, device, precision):
+            encoded = vlm.encode_text(
+                input_ids[index, :longest].to(device), mask[index, :longest].to(device)
+            )
+            encoded = _normalized(encoded)
+        yield index, encoded
+
+
+@dataclass
+class LoadedModel:
+    """A trained model, ready to use; `checkpoint.load_model(path)` makes one.
+
+    Features are float32 on the CPU and of unit length: an inner product is a cosine similarity.
+    """
+
+    vlm: VLM
+    tokenizer: Tokenizer
+    info: CheckpointInfo
+    device: torch.device
+    precision: str = "auto"
+
+    @property
+    def dim(self) -> int:
+        """Length of a feature vector."""
+        return self.vlm.config.projection_dim
+
+    @property
+    def logit_scale(self) -> float:
+        """The inverse temperature that cosines are multiplied with in a combined score."""
+        return self.vlm.logit_scale.detach().float().exp().item()
+
+    def encode_images(
+        self,
+        images: Iterable[ImageSource],
+        batch_size: int = IMAGE_BATCH,
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """Features [n, P] of pictures given as paths, encoded bytes or PIL images.
+
+        Raises UserError naming the first picture that cannot be read.
+        """
+        images = list(images)
+        rows = [torch.empty(0, self.dim)]
+        with (progress or Progress(quiet=True)).bar("pictures", len(images), "images") as bar:
+            for batch in self._image_batches(images, batch_size):
+                rows.append(batch.encoded.features.cpu())
+                bar.advance(len(batch.rows))
+        return torch.cat(rows)
+
+    def encode_texts(
+        self,
+        texts: Iterable[str],
+        batch_size: int = TEXT_BATCH,
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """Features [n, P] of texts; what is longer than the model reads is cut."""
+        texts = _listed(texts)
+        features = torch.empty(len(texts), self.dim)
+        with (progress or Progress(quiet=True)).bar("texts", len(texts), "texts") as bar:
+            for index, encoded in encode_text_batches(
+                self.vlm,
+                self.tokenizer,
+                texts,
+                device=self.device,
+                precision=self.precision,
+                batch_size=batch_size,
+            ):
+                features[index] = encoded.features.cpu()
+                bar.advance(len(index))
+        return features
+
+    def score_pairs(
+        self, images: Iterable[ImageSource], texts: Iterable[str], batch_size: int = IMAGE_BATCH
+    ) -> Tensor:
+        """How well picture i fits text i, [n]: exp(logit_scale) * cosine + rerank_weight * ITM.
+
+        Higher is better; ITM is the matching head's log-odds and its weight was chosen on
+        validation. Raises UserError where the numbers differ or a picture cannot be read.
+        """
+        images, texts = list(images), _listed(texts)
+        if len(images) != len(texts):
+            raise UserError(
+                f"pairs need as many texts as pictures, not {len(texts)} and {len(images)}: "
+                "repeat the one that belongs to several"
+            )
+        scores = [torch.empty(0)]
+        for batch in self._image_batches(images, batch_size):
+            words = texts[batch.rows[0] : batch.rows[-1] + 1]
+            input_ids, mask = self.tokenizer(words, self.vlm.config.max_tokens)
+            with inferring(self.vlm, self.device, self.precision):
+                text = self.vlm.encode_text(input_ids.to(self.device), mask.to(self.device))
+                text = _normalized(text)
+                score = self.logit_scale * (batch.encoded.features * text.features).sum(1)
+                if self.info.rerank_weight and can_match(self.vlm):
+                    score += self.info.rerank_weight * self.vlm.match(batch.encoded, text).float()
+            scores.append(score.cpu())
+        return torch.cat(scores)
+
+    def _image_batches(self, images: list[ImageSource], batch_size: int) -> Iterator[ImageBatch]:
+        size = self.vlm.config.image_size
+        for batch in encode_image_batches(
+            self.vlm,
+            images,
+            lambda source: load_rgb(source, at_least=size),
+            device=self.device,
+            precision=self.precision,
+            batch_size=batch_size,
+        ):
+            for i, reason in batch.bad:
+                source = images[i]
+                name = str(source) if isinstance(source, str | os.PathLike) else f"number {i}"
+                raise UserError(f"picture {name} cannot be read: {reason}")
+            yield batch
+
+
+def _listed(texts: Iterable[str]) -> list[str]:
+    if isinstance(texts, str):
+        raise UserError("texts must be a list of strings: write [text] for a single one")
+    return list(texts)

@@ -1,0 +1,122 @@
+"""Fusion encoders: image tokens and text tokens into multimodal ones.
+
+Each is a module with ``forward(image, image_mask, text, text_mask) -> Fused`` and an entry in
+``FUSIONS``. Both run over transformers' BERT through its public ``inputs_embeds`` door, so that the
+last layers of a pretrained BERT can be loaded into them. Padding cannot change any output.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig
+
+from vicvlm_cli.model.text_encoder import make_bert
+
+
+class Fused(NamedTuple):
+    """Multimodal tokens: ``pooled`` [B, D], ``text`` [B, L, D], ``image`` [B, N, D] or None."""
+
+    pooled: Tensor
+    text: Tensor
+    image: Tensor | None
+
+
+def masked_mean(tokens: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean over the real tokens: [B, N, D] and bool [B, N] (None: all) to [B, D]."""
+    if mask is None:
+        return tokens.mean(dim=1)
+    weight = mask.unsqueeze(-1).to(tokens.dtype)
+    return (tokens * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
+
+
+def _bert(config: BertConfig, layers: int, positions: int, cross_attention: bool) -> nn.Module:
+    config = BertConfig.from_dict(
+        {
+            **config.to_dict(),
+            "num_hidden_layers": layers,
+            "vocab_size": 1,  # it is given embeddings, never ids
+            "pad_token_id": None,
+            "max_position_embeddings": max(positions, config.max_position_embeddings),
+            "is_decoder": cross_attention,
+            "add_cross_attention": cross_attention,
+            "use_cache": False,
+        }
+    )
+    bert = make_bert(config)
+    bert.embeddings.word_embeddings.requires_grad_(False)
+    return bert
+
+
+class ConcatFusion(nn.Module):
+    """[CLS] + image tokens + text tokens through BERT layers (VicVLM, MAMO).
+
+    Image tokens carry token type 1 and text tokens type 0; BERT's positions count along each part,
+    so that a caption's words keep theirs whatever the number of patches.
+    """
+
+    def __init__(
+        self, config: BertConfig, layers: int, image_width: int, image_tokens: int
+    ) -> None:
+        super().__init__()
+        self.bert = _bert(config, layers, 1 + image_tokens, cross_attention=False)
+        self.image_projection = nn.Linear(image_width, config.hidden_size)
+        self.cls_token = nn.Parameter(torch.randn(1, 1, config.hidden_size) * 0.02)
+
+    def forward(
+        self, image: Tensor, image_mask: Tensor | None, text: Tensor, text_mask: Tensor
+    ) -> Fused:
+        """Image [B, N, D_i], text [B, L, D] and bool masks (True = real) to :class:`Fused`."""
+        b, n, length = image.shape[0], image.shape[1], text.shape[1]
+        device = text.device
+        tokens = torch.cat(
+            [self.cls_token.expand(b, -1, -1), self.image_projection(image), text], dim=1
+        )  # [B, 1 + N + L, D]
+        if image_mask is None:
+            image_mask = torch.ones(b, n, dtype=torch.bool, device=device)
+        mask = torch.cat([image_mask.new_ones(b, 1), image_mask, text_mask], dim=1)
+        counts = [torch.arange(m, device=device) for m in (1 + n, length)]
+        kinds = [torch.ones(1 + n, device=device), torch.zeros(length, device=device)]
+        out = self.bert(
+            inputs_embeds=tokens,
+            attention_mask=mask,
+            position_ids=torch.cat(counts).unsqueeze(0),
+            token_type_ids=torch.cat(kinds).long().expand(b, -1),
+        ).last_hidden_state
+        return Fused(pooled=out[:, 0], text=out[:, 1 + n :], image=out[:, 1 : 1 + n])
+
+
+class CrossAttentionFusion(nn.Module):
+    """Text tokens that attend to image tokens (ALBEF, arXiv 2107.07651, sec. 3.1).
+
+    The cheaper of the two: only the words run through the layers. There are no image outputs; the
+    pooled feature is the mean over the real words.
+    """
+
+    def __init__(
+        self, config: BertConfig, layers: int, image_width: int, image_tokens: int
+    ) -> None:
+        super().__init__()
+        self.bert = _bert(config, layers, 0, cross_attention=True)
+        self.image_projection = nn.Linear(image_width, config.hidden_size)
+
+    def forward(
+        self, image: Tensor, image_mask: Tensor | None, text: Tensor, text_mask: Tensor
+    ) -> Fused:
+        """Image [B, N, D_i], text [B, L, D] and bool masks (True = real) to :class:`Fused`."""
+        # A decoder would mask the future; a ready-made 4-d additive mask says otherwise.
+        lowest = torch.finfo(text.dtype).min
+        mask = torch.zeros(text_mask.shape, dtype=text.dtype, device=text.device)
+        mask = mask.masked_fill(~text_mask, lowest)[:, None, None, :]  # [B, 1, 1, L]
+        out = self.bert(
+            inputs_embeds=text,
+            attention_mask=mask.expand(-1, 1, text.shape[1], -1),
+            encoder_hidden_states=self.image_projection(image),
+            encoder_attention_mask=image_mask,
+        ).last_hidden_state
+        return Fused(pooled=masked_mean(out, text_mask), text=out, image=None)
+
+
+FUSIONS = {"concat": ConcatFusion, "cross_attention": CrossAttentionFusion}

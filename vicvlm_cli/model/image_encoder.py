@@ -1,0 +1,164 @@
+"""The image encoder: any timm ViT, over all patches or a kept subset."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import timm
+import timm.layers
+import torch
+from timm.models import load_state_dict
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from torch import Tensor, nn
+
+from vicvlm_cli.errors import UserError
+
+
+def sincos_2d(grid: tuple[int, int], width: int) -> Tensor:
+    """Fixed sine-cosine positions [H*W, width] of a patch grid (MAE, arXiv 2111.06377, app. A)."""
+    quarter = width // 4
+    omega = 1.0 / 10000 ** (torch.arange(quarter, dtype=torch.float64) / max(quarter, 1))
+    y, x = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
+    angles = [v.reshape(-1, 1).double() * omega for v in (x, y)]  # [H*W, quarter] each
+    parts = [f(a) for a in angles for f in (torch.sin, torch.cos)]
+    table = torch.zeros(grid[0] * grid[1], width)
+    table[:, : 4 * quarter] = torch.cat(parts, dim=1).float()
+    return table
+
+
+class ImageEncoder(nn.Module):
+    """A timm ViT that returns all its tokens.
+
+    Raises:
+        UserError: the name is not a timm ViT, or its weights cannot be loaded.
+    """
+
+    def __init__(
+        self, name: str, size: int, options: dict[str, Any], positions: str, weights: str = ""
+    ) -> None:
+        super().__init__()
+        # timm decides between fused and eager attention when a block is made. Measured on CPUs in
+        # bf16, the backward of the fused kernel costs more than half of a training step.
+        timm.layers.set_fused_attn(torch.cuda.is_available())
+        arguments = {"num_classes": 0, "img_size": size, **options}
+        if weights == "hub":
+            arguments["pretrained"] = True
+        vit = _create(name, weights, arguments)
+        plain = isinstance(vit, VisionTransformer) and vit.attn_pool is None
+        if not (plain and vit.cls_token is not None):
+            raise UserError(
+                f"{name!r} is not a plain ViT with a [CLS] token: name a timm "
+                "vit_* or deit_* model, such as vit_small_patch16_224"
+            )
+        patch = max(vit.patch_embed.patch_size)
+        if size % patch:
+            raise UserError(
+                f"model.image_size={size} is not a multiple of {name!r}'s patch of {patch}"
+            )
+        if weights and weights != "hub":
+            _load_weights(vit, name, weights)
+        self.vit = vit
+        self.width: int = vit.embed_dim
+        self.grid: tuple[int, int] = tuple(vit.patch_embed.grid_size)  # type: ignore[assignment]
+        self.prefix: int = vit.num_prefix_tokens
+        if positions == "sincos" and not weights:
+            # timm starts positions at a std of 0.02 beside patches of about 0.3; a short training
+            # from scratch never learns them. Half-scale sine-cosine is there from the first step.
+            with torch.no_grad():
+                vit.pos_embed[:, -self.num_patches :] = 0.5 * sincos_2d(self.grid, self.width)
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of one picture."""
+        return self.grid[0] * self.grid[1]
+
+    def forward(self, image: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Normalised pictures to tokens.
+
+        Args:
+            image: float [B, 3, S, S], already normalised.
+            keep: long [B, K], the patches to encode; the others are dropped before the first block
+                (He et al., arXiv 2111.06377, sec. 3). None: all.
+
+        Returns:
+            [B, prefix + N or K, width], the class token first, after the final norm.
+        """
+        vit = self.vit
+        x = vit.norm_pre(vit._pos_embed(vit.patch_embed(image)))  # [B, prefix + N, D]
+        if keep is not None:
+            patches = x[:, self.prefix :]
+            index = keep.unsqueeze(-1).expand(-1, -1, x.shape[-1])
+            x = torch.cat([x[:, : self.prefix], patches.gather(1, index)], dim=1)
+        return vit.norm(vit.blocks(x))
+
+
+def _create(name: str, weights: str, arguments: dict[str, Any]) -> nn.Module:
+    if not timm.is_model(name):
+        close = timm.list_models(f"*{name.split('.')[0]}*")[:3] or ["vit_small_patch16_224"]
+        raise UserError(f"timm has no model {name!r}: try {', '.join(close)}")
+    try:
+        return timm.create_model(name, **arguments)
+    except (TypeError, AssertionError) as error:
+        raise UserError(f"timm cannot make {name!r} with {arguments}: {error}") from error
+    except Exception as error:
+        if weights != "hub":
+            raise
+        raise _unusable(name, "the hub (is there a network?)", error) from error
+
+
+def _load_weights(vit: VisionTransformer, name: str, file: str) -> None:
+    """Load a local file into ``vit``, positions interpolated; a classifier is left out."""
+    try:
+        state = checkpoint_filter_fn(load_state_dict(file, weights_only=True), vit)
+        missing = vit.load_state_dict(state, strict=False).missing_keys
+    except Exception as error:
+        raise _unusable(name, file, error) from error
+    if missing:  # timm itself would leave them random
+        raise UserError(
+            f"{file} does not hold the weights of {name!r}: {len(missing)} are missing, the first "
+            f"is {missing[0]}; name the model they are of with --image-encoder"
+        )
+
+
+def _unusable(name: str, place: str, error: Exception) -> UserError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return UserError(
+        f"the weights of {name!r} could not be loaded from {place}: {reason[:200]}; "
+        "--image-weights takes a local .safetensors or .pth file of that model"
+    )
+
+
+def resolve_image_encoder(name: str, weights: str) -> tuple[str, str, dict[str, Any]]:
+    """A timm name or a local model folder as (architecture, weights, config entries).
+
+    The config entries hold ``image_mean`` and ``image_std`` where the weights' own are known.
+
+    Raises:
+        UserError: a local folder or file that does not hold what is needed.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        try:
+            card = json.loads((folder / "config.json").read_text("utf-8"))
+            name = card["architecture"]
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(
+                f"{folder} has no config.json that names a timm 'architecture'"
+            ) from error
+        files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.pth")])
+        if not weights and not files:
+            raise UserError(f"{folder} holds no .safetensors or .pth weights")
+        weights = weights or str(files[0])
+        card = {**card, **card.get("pretrained_cfg", {})}
+        statistics = {f"image_{k}": tuple(card[k]) for k in ("mean", "std") if k in card}
+        return name, weights, statistics
+    if weights and weights != "hub" and not Path(weights).is_file():
+        raise UserError(f"there are no image weights at {weights}")
+    if not weights or not timm.is_model(name):
+        return name, weights, {}
+    cfg = timm.get_pretrained_cfg(name)
+    if cfg is None:
+        return name, weights, {}
+    return name, weights, {"image_mean": tuple(cfg.mean), "image_std": tuple(cfg.std)}

@@ -1,0 +1,113 @@
+"""The text encoder and the layers of the fusion encoder: a transformers BERT, cut in two."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, BertConfig, BertModel
+
+from vicvlm_cli.errors import UserError
+
+
+def attention_kind() -> str:
+    """``eager`` on the CPU, where the fused kernel's bf16 backward is the slower; else ``sdpa``."""
+    return "sdpa" if torch.cuda.is_available() else "eager"
+
+
+def bert_config(
+    *, vocab_size: int, width: int, heads: int, layers: int, dropout: float, pad_id: int = 0
+) -> BertConfig:
+    """A BERT of the given sizes."""
+    return BertConfig(
+        vocab_size=vocab_size,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=4 * width,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+        pad_token_id=pad_id,
+    )
+
+
+def make_bert(config: BertConfig) -> BertModel:
+    """A BertModel without pooler whose attention suits this machine."""
+    config._attn_implementation = attention_kind()
+    return BertModel(config, add_pooling_layer=False)
+
+
+class TextEncoder(nn.Module):
+    """The first layers of a BERT."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.bert = make_bert(config)
+        self.width: int = config.hidden_size
+
+    @property
+    def word_embeddings(self) -> Tensor:
+        """[vocab_size, width], also the output table of masked language modelling."""
+        return self.bert.embeddings.word_embeddings.weight
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """``input_ids`` [B, L] and bool ``attention_mask`` [B, L] to tokens [B, L, width]."""
+        return self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+
+
+def load_bert(
+    name_or_path: str, text_layers: int, fusion_layers: int
+) -> tuple[BertConfig, dict[str, Tensor], dict[str, Tensor]]:
+    """A pretrained BERT cut into the first ``text_layers`` and the last ``fusion_layers``.
+
+    Returns:
+        Its configuration (with ``text_layers`` layers), the state of the text half, and the state
+        of the fusion half with its layers renumbered from 0.
+
+    Raises:
+        UserError: it cannot be loaded, is not a BERT, or has too few layers.
+    """
+    try:
+        kind = AutoConfig.from_pretrained(name_or_path).model_type
+        if kind != "bert":  # transformers would make a BERT of random weights from it
+            raise UserError(f"{name_or_path!r} is a {kind} model and not a BERT: name a BERT")
+        whole = BertModel.from_pretrained(name_or_path, add_pooling_layer=False)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"no BERT could be loaded from {name_or_path!r}: name one on the hub (with a network), "
+            "or a local folder with config.json and model.safetensors"
+        ) from error
+    config: Any = whole.config
+    if text_layers + fusion_layers > config.num_hidden_layers:
+        raise UserError(
+            f"{name_or_path!r} has {config.num_hidden_layers} layers, fewer than text_layers="
+            f"{text_layers} and fusion_layers={fusion_layers} together"
+        )
+    first = config.num_hidden_layers - fusion_layers
+    text: dict[str, Tensor] = {}
+    fusion: dict[str, Tensor] = {}
+    for key, value in whole.state_dict().items():
+        if not key.startswith("encoder.layer."):
+            text[key] = value
+            if "word_embeddings" not in key:
+                fusion[key] = value
+            continue
+        number, rest = key.removeprefix("encoder.layer.").split(".", 1)
+        if int(number) < text_layers:
+            text[key] = value
+        if int(number) >= first:
+            fusion[f"encoder.layer.{int(number) - first}.{rest}"] = value
+    config.num_hidden_layers = text_layers
+    return config, text, fusion
+
+
+def load_half(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """Load ``state`` into ``module``; what is new there (cross-attention) keeps its start."""
+    own = module.state_dict()
+    missing = [k for k in state if k not in own or own[k].shape != state[k].shape]
+    if missing:
+        raise UserError(f"the text weights do not fit the model at {missing[0]!r}")
+    module.load_state_dict(state, strict=False)

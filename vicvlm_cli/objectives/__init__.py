@@ -1,0 +1,50 @@
+"""Training objectives. Adding one takes one file and one line of :data:`OBJECTIVES`.
+
+An objective is a module that owns the model: ``__init__(model, tokenizer, config)``, a frozen
+``Config``, the names of its ``LOSSES``, ``forward(batch, noise, active)`` giving raw named scalars
+and the trivial value of each, and ``after_step()``, called once an optimiser step.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from torch import nn
+
+from vicvlm_cli.config import TrainConfig, from_dict
+from vicvlm_cli.data.tokenizer import Tokenizer
+from vicvlm_cli.errors import UsageError
+from vicvlm_cli.model.vlm import VLM
+from vicvlm_cli.objectives.retrieval import Retrieval
+from vicvlm_cli.objectives.vicvlm import VicVLM
+
+OBJECTIVES: dict[str, Any] = {"vicvlm": VicVLM, "retrieval": Retrieval}
+
+
+def create_objective(model: VLM, tokenizer: Tokenizer, config: TrainConfig) -> nn.Module:
+    """The objective that ``config`` names, around ``model``.
+
+    Raises:
+        UsageError: an unknown objective or option, or weights whose names are not its losses.
+    """
+    if config.objective not in OBJECTIVES:
+        raise UsageError(
+            f"there is no objective {config.objective!r}: there are {', '.join(OBJECTIVES)}"
+        )
+    objective = OBJECTIVES[config.objective]
+    for name in config.losses:
+        if name not in objective.LOSSES:
+            close = difflib.get_close_matches(name, objective.LOSSES, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise UsageError(
+                f"{config.objective} has no loss {name!r}: {hint}"
+                f"its losses are {', '.join(objective.LOSSES)}"
+            )
+    if not any(loss.at(0.0, step=1) > 0 for loss in config.losses.values()):
+        raise UsageError(
+            f"no loss of {config.objective} is on in every step, so that in some nothing would be "
+            "trained: give one a weight above 0, with start = 0, ramp = 0 and every = 1"
+        )
+    options = from_dict(objective.Config, config.options, "options")
+    return objective(model, tokenizer, options)

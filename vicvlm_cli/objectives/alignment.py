@@ -1,0 +1,79 @@
+"""Contrast and matching of one batch: what every objective with ITC and ITM shares."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vicvlm_cli.model.fusion import Fused
+from vicvlm_cli.model.vlm import VLM, Encoded
+from vicvlm_cli.objectives import losses
+from vicvlm_cli.objectives.ranks import Noise, gather, gather_padded, rank
+
+
+class Contrast(NamedTuple):
+    """Over the global batch: ``similarity`` [G, G] logits, ``image_id`` [G], features [G, P]."""
+
+    loss: Tensor
+    similarity: Tensor
+    image_id: Tensor
+    image_features: Tensor
+    text_features: Tensor
+
+
+def contrast(model: VLM, image: Encoded, text: Encoded, image_id: Tensor) -> Contrast:
+    """Symmetric InfoNCE over the batches of all processes, with the true gradient."""
+    image_features, text_features = gather(image.features.float()), gather(text.features.float())
+    similarity = model.logit_scale.exp() * image_features @ text_features.T  # [G, G]
+    ids = gather(image_id)
+    loss = losses.itc(similarity, ids)
+    return Contrast(loss, similarity, ids, image_features, text_features)
+
+
+def match(
+    model: VLM, image: Encoded, text: Encoded, contrasted: Contrast, noise: Noise, number: int
+) -> tuple[Tensor, Fused]:
+    """Image-text matching with ``number`` hard negatives each way from the global batch.
+
+    Returns:
+        The loss, and the fused tokens of the matched pairs.
+    """
+    assert text.mask is not None
+    rows = len(image.tokens)
+    mine = slice(rank() * rows, (rank() + 1) * rows)
+    total = len(contrasted.image_id)
+    same = contrasted.image_id[mine, None] == contrasted.image_id[None, :]  # [B, G]
+    similarity = contrasted.similarity
+    wrong_text = losses.hard_negatives(similarity[mine], same, noise.rand(rows, total), number)
+    wrong_image = losses.hard_negatives(similarity.T[mine], same, noise.rand(rows, total), number)
+
+    # Rows of the global batch: B matched pairs, B * number wrong captions, as many wrong pictures.
+    own = torch.arange(mine.start, mine.stop, device=similarity.device)
+    again = own.repeat_interleave(number)
+    images = torch.cat([own, again, wrong_image.flatten()])
+    texts = torch.cat([own, wrong_text.flatten(), again])
+    fused = model.fuse(
+        gather(image.tokens)[images],
+        None,
+        gather_padded(text.tokens)[texts],
+        gather_padded(text.mask)[texts],
+    )
+    logits = model.match_fused(
+        fused, contrasted.image_features[images], contrasted.text_features[texts]
+    )
+    loss = losses.itm(logits[:rows], logits[rows:])
+    positive = Fused(
+        fused.pooled[:rows],
+        fused.text[:rows, : text.tokens.shape[1]],
+        None if fused.image is None else fused.image[:rows],
+    )
+    return loss, positive
+
+
+@torch.no_grad()
+def clamp_temperature(model: VLM, lowest: float = 0.01) -> None:
+    """Keep the temperature at ``lowest`` or above (CLIP, arXiv 2103.00020, sec. 2.5)."""
+    model.logit_scale.clamp_(max=-math.log(lowest))

@@ -1,0 +1,136 @@
+"""The losses, as pure functions of tensors. Each cites its equation; none knows of a model."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vicvlm_cli.errors import UserError
+
+
+def itc(similarity: Tensor, image_id: Tensor) -> Tensor:
+    """Symmetric InfoNCE over a batch (CLIP, arXiv 2103.00020, fig. 3).
+
+    Other captions and copies of the same picture are left out: never negatives.
+
+    Args:
+        similarity: [B, B], cosine times inverse temperature, pictures in rows.
+        image_id: long [B], equal where two rows share a picture.
+    """
+    same = image_id[:, None] == image_id[None, :]
+    same.fill_diagonal_(False)
+    logits = similarity.masked_fill(same, float("-inf"))
+    target = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def hard_negatives(similarity: Tensor, excluded: Tensor, noise: Tensor, number: int) -> Tensor:
+    """Columns drawn without replacement from each row's softmax (ALBEF, sec. 3.2), [R, number].
+
+    Args:
+        similarity: [R, C] logits.
+        excluded: bool [R, C], the columns of the row's own picture.
+        noise: uniform [R, C] in [0, 1): the Gumbel-top-k trick makes it a draw.
+
+    Raises:
+        UserError: a row has fewer than ``number`` columns to draw from.
+    """
+    if int((~excluded).sum(dim=1).min()) < number:
+        raise UserError(
+            f"a batch holds too few other pictures to draw {number} hard negatives from: raise "
+            "--batch-size"
+        )
+    gumbel = -torch.log(-torch.log(noise.clamp(1e-9, 1 - 1e-7)))
+    scores = (similarity.detach().float() + gumbel).masked_fill(excluded, float("-inf"))
+    return scores.topk(number, dim=1).indices
+
+
+def itm(positive: Tensor, negative: Tensor) -> Tensor:
+    """Binary cross entropy of matched [P] and mismatched [Q] log-odds, mean over all P + Q."""
+    logits = torch.cat([positive, negative])
+    labels = torch.cat([torch.ones_like(positive), torch.zeros_like(negative)])
+    return F.binary_cross_entropy_with_logits(logits, labels)
+
+
+def itm_base_rate(negatives: int) -> float:
+    """Entropy of always guessing the share of matches, with ``negatives`` for each match."""
+    p = 1 / (1 + negatives)
+    return -(p * math.log(p) + (1 - p) * math.log(1 - p))
+
+
+def mlm_sum(logits: Tensor, target: Tensor) -> Tensor:
+    """Summed cross entropy of [M, vocab_size] logits at the M masked positions (BERT, sec. 3.1)."""
+    return F.cross_entropy(logits.float(), target, reduction="sum")
+
+
+def mim_sum(prediction: Tensor, target: Tensor) -> Tensor:
+    """Squared error [B, M, D] at masked positions, mean over D, summed over B and M (L2)."""
+    return (prediction.float() - target).square().mean(dim=-1).sum()
+
+
+def standardize_patches(x: Tensor, eps: float = 1e-5) -> Tensor:
+    """Each channel of [B, N, D] to mean 0 and variance 1 over the patches of its own picture.
+
+    The instance normalisation of data2vec 2.0 targets (arXiv 2212.07525, sec. 3.2): what all
+    patches of a picture share is gone, so that it cannot be what a predictor learns.
+    """
+    x = x.float()
+    return (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True, unbiased=False) + eps).sqrt()
+
+
+def patchify(image: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Pixels [B, 3, H, W] by patch, [B, N, 3 * p * q], in the order of the patch embedding."""
+    b, c, height, width = image.shape
+    p, q = height // grid[0], width // grid[1]
+    x = image.reshape(b, c, grid[0], p, grid[1], q).permute(0, 2, 4, 1, 3, 5)
+    return x.reshape(b, grid[0] * grid[1], c * p * q)  # [B, N, C * p * q]
+
+
+def normalized_pixels(image: Tensor, grid: tuple[int, int], eps: float = 1e-6) -> Tensor:
+    """Pixels by patch, each patch at mean 0 and variance 1 (MAE, arXiv 2111.06377, sec. 3)."""
+    x = patchify(image.float(), grid)
+    return (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + eps).sqrt()
+
+
+def mim_trivial(target: Tensor, masked: Tensor) -> Tensor:
+    """What the best guess without looking scores: each position's mean plus the picture's own.
+
+    Args:
+        target: [B, N, D], the targets of all patches.
+        masked: long [B, M].
+    """
+    rows = target.shape[0]
+    residual = target - target.mean(dim=0, keepdim=True)
+    residual = residual - residual.mean(dim=1, keepdim=True)
+    error = residual.square().mean(dim=-1).gather(1, masked).mean()
+    return error * rows / max(rows - 1, 1)  # the batch mean has seen the row itself
+
+
+def variance(z: Tensor, gamma: float = 1.0, eps: float = 1e-4) -> Tensor:
+    """Hinge on each dimension's deviation over the batch [B, D] (VICReg, 2105.04906, eq. 1-2)."""
+    return F.relu(gamma - (z.float().var(dim=0) + eps).sqrt()).mean()
+
+
+def covariance(z: Tensor) -> Tensor:
+    """Squared off-diagonal covariance over D (VICReg, eq. 3-4), for [B, D]."""
+    c = _covariance_matrix(z)
+    return (c.square().sum() - c.diagonal().square().sum()) / z.shape[1]
+
+
+def covariance_of_copies(z: Tensor) -> Tensor:
+    """:func:`covariance` if every dimension were one and the same, at the variances there are."""
+    v = z.float().var(dim=0)
+    return (v.sum().square() - v.square().sum()) / z.shape[1]
+
+
+def _covariance_matrix(z: Tensor) -> Tensor:
+    z = z.float() - z.float().mean(dim=0)
+    return z.T @ z / max(len(z) - 1, 1)
+
+
+def invariance(a: Tensor, b: Tensor) -> Tensor:
+    """Mean squared distance of paired rows [B, D] (VICReg, eq. 5, averaged over dimensions)."""
+    return F.mse_loss(a.float(), b.float())

@@ -1,0 +1,241 @@
+"""VicVLM: masked image, joint masked image and masked language modelling, VICReg, ITC and ITM.
+
+The equations, and where this departs from the first public code, are in docs/method.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Set
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vicvlm_cli.data.batches import Batch
+from vicvlm_cli.data.tokenizer import Tokenizer
+from vicvlm_cli.errors import UsageError
+from vicvlm_cli.model.fusion import Fused
+from vicvlm_cli.model.vlm import VLM, Encoded
+from vicvlm_cli.objectives import losses
+from vicvlm_cli.objectives.alignment import clamp_temperature, contrast, match
+from vicvlm_cli.objectives.heads import JointPatchHead, MLMHead, PatchPredictor
+from vicvlm_cli.objectives.masking import check_block, mask_patches, mask_words
+from vicvlm_cli.objectives.momentum import EmaTarget
+from vicvlm_cli.objectives.ranks import Noise, gather, global_mean
+from vicvlm_cli.objectives.retrieval import Losses
+
+
+class _MaskedImage(NamedTuple):
+    """Visible tokens of the masked picture, patch numbers, and the target of every patch."""
+
+    tokens: Tensor  # [R, prefix + K, D]
+    keep: Tensor  # [R, K]
+    masked: Tensor  # [R, M]
+    target: Tensor  # [R, N, T]
+
+
+class VicVLM(nn.Module):
+    """Masked modelling around one shared pass over the clean pair.
+
+    Raises:
+        UsageError: an option is out of range for this model.
+    """
+
+    LOSSES = ("itc", "itm", "mim", "joint_mim", "mlm", "variance", "covariance", "invariance")
+
+    @dataclass(frozen=True)
+    class Config:
+        """Options of the method.
+
+        ``target``: ``byol`` (features of the EMA image encoder) or ``pixel``. ``image_mask`` and
+        ``text_mask``: shares hidden; ``mask_block``: side of a hidden block in patches.
+        ``masked_stride``: the masked passes take every n-th row of the batch (1: all).
+        """
+
+        target: str = "byol"
+        image_mask: float = 0.75
+        mask_block: int = 2
+        text_mask: float = 0.25
+        ema_decay: float = 0.995
+        itm_negatives: int = 1
+        masked_stride: int = 1
+        predictor_width: int = 192
+        predictor_depth: int = 2
+
+    def __init__(self, model: VLM, tokenizer: Tokenizer, config: Config) -> None:
+        super().__init__()
+        if config.target not in ("byol", "pixel"):
+            raise UsageError(f"--target is {config.target!r}, not byol or pixel")
+        for name in ("image_mask", "text_mask"):
+            if not 0 < getattr(config, name) < 1:
+                raise UsageError(f"options.{name} must be between 0 and 1")
+        encoder = model.image_encoder
+        check_block(encoder.grid, config.mask_block)
+        self.model, self.config = model, config
+        width = model.config.text_width
+        side = model.config.image_size // encoder.grid[0]
+        out = encoder.width if config.target == "byol" else 3 * side * side
+        self.target = EmaTarget(encoder, config.ema_decay) if config.target == "byol" else None
+        self.has_image_outputs = model.config.fusion == "concat"
+        sizes = {"width": config.predictor_width, "depth": config.predictor_depth}
+        self.mim_head = PatchPredictor(encoder.width, encoder.grid, out, **sizes)
+        self.joint_head = (
+            JointPatchHead(encoder.width, encoder.grid, width, out)
+            if self.has_image_outputs
+            else PatchPredictor(encoder.width, encoder.grid, out, context_width=width, **sizes)
+        )
+        self.mlm_head = MLMHead(width, model.config.vocab_size)
+        self.mask_id = tokenizer.mask_id
+        special = torch.zeros(model.config.vocab_size, dtype=torch.bool)
+        special[list(tokenizer.special_ids())] = True
+        continuation = torch.zeros_like(special)
+        continuation[: tokenizer.vocab_size] = tokenizer.continuation()
+        self.register_buffer("special", special, persistent=False)
+        self.register_buffer("continuation", continuation, persistent=False)
+        # How often each token was a masked one: the trivial guess for masked language modelling.
+        self.register_buffer("token_counts", torch.ones(model.config.vocab_size))
+
+    special: Tensor
+    continuation: Tensor
+    token_counts: Tensor
+
+    def forward(self, batch: Batch, noise: Noise, active: Set[str]) -> Losses:
+        """Raw losses named in ``active`` (ITC always), and the trivial value of each."""
+        model, number = self.model, self.config.itm_negatives
+        image = model.encode_image(batch.image)
+        text = model.encode_text(batch.input_ids, batch.attention_mask)
+        contrasted = contrast(model, image, text, batch.image_id)
+        values = {"itc": contrasted.loss}
+        trivial = {"itc": torch.tensor(math.log(len(contrasted.image_id)))}
+        clean: Fused | None = None
+        if "itm" in active:
+            values["itm"], clean = match(model, image, text, contrasted, noise, number)
+            trivial["itm"] = torch.tensor(losses.itm_base_rate(2 * number))
+        if active <= {"itc", "itm"}:
+            return values, trivial
+
+        rows = slice(None, None, self.config.masked_stride)
+        batch = Batch(**{k: v[rows] for k, v in batch.__dict__.items()})
+        image = Encoded(image.features[rows], image.tokens[rows], None)
+        text = Encoded(text.features[rows], text.tokens[rows], batch.attention_mask)
+        vicreg = not active.isdisjoint({"variance", "covariance", "invariance"})
+        pooled: dict[str, Tensor] = {}
+        if vicreg:
+            pooled["clean"] = (
+                clean.pooled[rows]
+                if clean is not None
+                else model.fuse(image.tokens, None, text.tokens, batch.attention_mask).pooled
+            )
+        if vicreg or "mim" in active or "joint_mim" in active:
+            masked = self._mask_image(batch, noise)
+            if "mim" in active:
+                visible = masked.tokens[:, model.image_encoder.prefix :]
+                guess = self.mim_head(visible, masked.keep, masked.masked)
+                values["mim"] = self._mim(guess, masked)
+                trivial["mim"] = losses.mim_trivial(masked.target, masked.masked)
+            if vicreg or "joint_mim" in active:
+                guess, pooled["masked_image"] = self._joint(masked, text)
+                if "joint_mim" in active:
+                    values["joint_mim"] = self._mim(guess, masked)
+                    trivial["joint_mim"] = losses.mim_trivial(masked.target, masked.masked)
+        if vicreg or "mlm" in active:
+            mlm, guess, pooled["masked_text"] = self._mlm(batch, image, noise)
+            if "mlm" in active:
+                values["mlm"], trivial["mlm"] = mlm, guess
+        if vicreg:
+            self._vicreg(pooled, active, values, trivial)
+        return values, trivial
+
+    def after_step(self) -> None:
+        """Bound the temperature and move the target network; once an optimiser step."""
+        clamp_temperature(self.model)
+        if self.target is not None:
+            self.target.update(self.model.image_encoder)
+
+    def _mask_image(self, batch: Batch, noise: Noise) -> _MaskedImage:
+        encoder, cfg = self.model.image_encoder, self.config
+        pixels = self.model.normalize(batch.image)
+        blocks = encoder.num_patches // cfg.mask_block**2
+        draw = noise.rand(len(pixels), blocks)
+        keep, masked = mask_patches(draw, encoder.grid, cfg.mask_block, cfg.image_mask)
+        with torch.no_grad():
+            if self.target is None:
+                target = losses.normalized_pixels(pixels, encoder.grid)
+            else:
+                patches = self.target.module(pixels)[:, encoder.prefix :]
+                target = losses.standardize_patches(patches)
+        return _MaskedImage(encoder(pixels, keep), keep, masked, target)
+
+    def _mim(self, guess: Tensor, masked: _MaskedImage) -> Tensor:
+        index = masked.masked.unsqueeze(-1).expand(-1, -1, masked.target.shape[-1])
+        total = losses.mim_sum(guess, masked.target.gather(1, index))
+        return global_mean(total, masked.masked.numel())
+
+    def _joint(self, masked: _MaskedImage, text: Encoded) -> tuple[Tensor, Tensor]:
+        """Predictions [R, M, T] from the multimodal encoder, and (I', T) pooled [R, D]."""
+        assert text.mask is not None
+        prefix = self.model.image_encoder.prefix
+        if isinstance(self.joint_head, JointPatchHead):
+            tokens = self.joint_head.insert(masked.tokens, prefix, masked.keep, masked.masked)
+            fused = self.model.fuse(tokens, None, text.tokens, text.mask)
+            assert fused.image is not None
+            return self.joint_head(fused.image, masked.masked.shape[1]), fused.pooled
+        fused = self.model.fuse(masked.tokens, None, text.tokens, text.mask)
+        visible = masked.tokens[:, prefix:]
+        guess = self.joint_head(visible, masked.keep, masked.masked, fused.text, text.mask)
+        return guess, fused.pooled
+
+    def _mlm(self, batch: Batch, image: Encoded, noise: Noise) -> tuple[Tensor, Tensor, Tensor]:
+        """Masked language modelling with the picture in view.
+
+        Returns:
+            The loss, the trivial value, and (I, T') pooled [R, D].
+        """
+        # Noise for max_tokens columns: as many whatever the longest caption of a process is.
+        length = batch.input_ids.shape[1]
+        draw = noise.rand(len(batch.input_ids), self.model.config.max_tokens)[:, :length]
+        hidden = mask_words(
+            batch.input_ids,
+            batch.attention_mask,
+            self.continuation,
+            self.special,
+            draw,
+            self.config.text_mask,
+        )
+        ids = batch.input_ids.masked_fill(hidden, self.mask_id)
+        text = self.model.encode_text(ids, batch.attention_mask)
+        fused = self.model.fuse(image.tokens, None, text.tokens, batch.attention_mask)
+        target = batch.input_ids[hidden]  # [M]
+        logits = self.mlm_head(fused.text[hidden], self.model.text_encoder.word_embeddings)
+        loss = global_mean(losses.mlm_sum(logits, target), len(target))
+        if self.training:
+            self.token_counts += torch.bincount(target, minlength=len(self.token_counts))
+        frequency = self.token_counts / self.token_counts.sum()
+        return loss, -frequency[target].log().mean(), fused.pooled
+
+    def _vicreg(
+        self,
+        pooled: dict[str, Tensor],
+        active: Set[str],
+        values: dict[str, Tensor],
+        trivial: dict[str, Tensor],
+    ) -> None:
+        """Variance and covariance of each of the three, invariance of the clean with the others."""
+        z = {name: gather(x.float()) for name, x in pooled.items()}
+        others = [z["masked_image"], z["masked_text"]]
+        terms = {
+            "variance": [losses.variance(x) for x in z.values()],
+            "covariance": [losses.covariance(x) for x in z.values()],
+            "invariance": [losses.invariance(z["clean"], x) for x in others],
+        }
+        with torch.no_grad():
+            guesses = {
+                "variance": [torch.ones(())],  # every pair at one point
+                "covariance": [losses.covariance_of_copies(x) for x in z.values()],
+                "invariance": [losses.invariance(z["clean"], x.roll(1, 0)) for x in others],
+            }
+        for name in active & set(terms):
+            values[name] = torch.stack(terms[name]).mean()
+            trivial[name] = torch.stack(guesses[name]).mean()

@@ -1,0 +1,94 @@
+"""The options of the six commands: types, names and help. What they do stands in ``cli.py``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+
+def _option(help: str, *names: str, **extra: Any) -> Any:
+    return typer.Option(*names, help=help, **extra)
+
+
+def _argument(help: str, **extra: Any) -> Any:
+    return typer.Argument(help=help, show_default=False, **extra)
+
+
+_DATA = "Prepared data set. [default: the last prepared]"
+_CHECKPOINT = "A model.safetensors. [default: the last trained or evaluated]"
+
+# every command
+AsJson = Annotated[bool, _option("Print one JSON document instead of tables.", "--json")]
+DataPath = Annotated[Path | None, _option(_DATA, "--data")]
+CheckpointArgument = Annotated[Path | None, _argument(_CHECKPOINT)]
+EncodeBatch = Annotated[int, _option("Pictures encoded at a time.", min=1)]
+
+# prepare
+Source = Annotated[str, _argument("scenes (built in), flickr30k, flickr8k, coco or folder.")]
+RawFolder = Annotated[Path, _argument("Where the raw files are, or DIR/SOURCE.", metavar="DIR")]
+PreparedFolder = Annotated[Path | None, _option("Where to write. [default: DIR/SOURCE]")]
+ImageSide = Annotated[int, _option("Short side of the stored pictures, in pixels.", min=1)]
+MaxBad = Annotated[float, _option("Share of bad items to put up with.", min=0, max=1)]
+Workers = Annotated[int | None, _option("Threads. [default: one a core]", min=1)]
+DataSeed = Annotated[int, _option("Seed of scenes, and of a split that has to be made.")]
+SplitScheme = Annotated[str | None, _option("A known split other than the source's default.")]
+HubName = Annotated[str | None, _option("Fetch this Hugging Face repository.", metavar="REPO")]
+TrainSize = Annotated[int | None, _option("scenes: training pictures. [default: 12000]", min=1)]
+ValSize = Annotated[int | None, _option("scenes: validation pictures. [default: 500]", min=1)]
+TestSize = Annotated[int | None, _option("scenes: test pictures. [default: 500]", min=1)]
+
+# pretrain and finetune: an option left out leaves the setting to the preset
+Target = Annotated[
+    Literal["byol", "pixel"] | None, _option("What masked patches must predict. [default: byol]")
+]
+Objective = Annotated[str | None, _option("The method. [default: vicvlm]")]
+Preset = Annotated[str | None, _option("Named settings. [default: by the data set]")]
+ConfigFile = Annotated[Path | None, _option("TOML file of settings, laid over the preset.")]
+ImageEncoder = Annotated[str | None, _option("Any timm ViT by name.")]
+ImageWeights = Annotated[str | None, _option("Its weights: a local file, or 'hub'.")]
+TextEncoder = Annotated[
+    str | None, _option("Any transformers BERT by name or folder. [default: from scratch]")
+]
+Epochs = Annotated[float | None, _option("Passes over the training split.")]
+MaxMinutes = Annotated[float | None, _option("Fit the whole schedule into this wall time.")]
+PairBatch = Annotated[int | None, _option("Image-text pairs a process and step.")]
+LearningRate = Annotated[float | None, _option("Peak learning rate.")]
+Seed = Annotated[int | None, _option("Seed of everything random.")]
+Precision = Annotated[
+    Literal["auto", "no", "bf16", "fp16"] | None, _option("Mixed precision. [default: auto]")
+]
+Settings = Annotated[
+    list[str] | None,
+    _option("Any setting, as pretrain.grad_clip=0.5; repeatable.", "--set", metavar="KEY=VALUE"),
+]
+RunFolder = Annotated[Path | None, _option("Folder of the run. [default: a new one in runs/]")]
+Resume = Annotated[Path | None, _option("Go on with an interrupted run.", metavar="RUN_DIR")]
+Track = Annotated[
+    Literal["none", "tensorboard", "wandb"], _option("Where metrics go besides metrics.jsonl.")
+]
+
+# evaluate, embed, retrieve
+SplitName = Annotated[str, _option("Which split.", "--split")]
+SplitOrAll = Annotated[
+    str | None, _option("Which split of a prepared data set. [default: all]", "--split")
+]
+Candidates = Annotated[int, _option("Candidates that ITM re-ranks; 0: none.", "--top-k", min=0)]
+Pictures = Annotated[
+    Path | None,
+    _argument("Folder of pictures or prepared data set. [default: the last prepared]"),
+]
+CheckpointPath = Annotated[Path | None, _option(_CHECKPOINT, "--checkpoint")]
+GalleryFolder = Annotated[
+    Path | None, _option("Folder of the gallery. [default: gallery/ beside the checkpoint]")
+]
+Query = Annotated[str | None, _argument("What to look for, in words.")]
+QueryImage = Annotated[Path | None, _option("Look for pictures like this one instead.")]
+GalleryPath = Annotated[Path | None, _option("Gallery. [default: the last embedded]")]
+OwnCheckpoint = Annotated[
+    Path | None, _option("A model.safetensors. [default: the one that made the gallery]")
+]
+Hits = Annotated[int, _option("How many pictures.", "--top-k", min=1)]
+Rerank = Annotated[bool, _option("Let ITM re-rank the best pictures.", "--rerank")]
+Sheet = Annotated[Path | None, _option("Draw the result into this picture file.")]

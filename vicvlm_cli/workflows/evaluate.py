@@ -1,0 +1,107 @@
+"""evaluate: a checkpoint's retrieval tables on one split of a prepared data set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from vicvlm_cli.checkpoint import CheckpointInfo, load_model
+from vicvlm_cli.data.prepared import Manifest, PreparedDataset, Split
+from vicvlm_cli.errors import UsageError
+from vicvlm_cli.evaluation.evaluate import EvaluationReport, evaluate_split
+from vicvlm_cli.evaluation.rerank import TOP_K
+from vicvlm_cli.inference import IMAGE_BATCH, autocast_dtype, can_match
+from vicvlm_cli.report.progress import Progress
+
+
+def evaluate(
+    checkpoint: Path,
+    data: Path,
+    split: str | None = "test",
+    *,
+    top_k: int = TOP_K,
+    batch_size: int = IMAGE_BATCH,
+    rerank_weight: float | None = None,
+    progress: Progress,
+) -> EvaluationReport:
+    """Measures the dual encoder alone and re-ranked by ITM over the top k candidates.
+
+    Args:
+        split: None is "test".
+        top_k: candidates a query; 0 for the dual table only.
+        rerank_weight: what ITM counts beside the similarity; None is the checkpoint's, which was
+            chosen on validation in training.
+
+    Raises:
+        UserError: the checkpoint or data set cannot be read, or has no such split.
+    """
+    if top_k < 0:
+        raise UsageError(f"--top-k must be 0 or more, not {top_k}")
+    if batch_size < 1:
+        raise UsageError(f"--batch-size must be at least 1, not {batch_size}")
+    dataset = PreparedDataset.open(data)
+    part = dataset.split(split or "test")
+    model = load_model(checkpoint)
+    weight = model.info.rerank_weight if rerank_weight is None else rerank_weight
+    precision = str(autocast_dtype(model.device, model.precision) or torch.float32)
+    precision = precision.removeprefix("torch.")
+    progress.say(f"split: {part.title} (--split to change)")
+    progress.say(f"computing on: {model.device.type}, {precision}")
+    notes = _notes(dataset.manifest, part, model.info)
+    if top_k and not can_match(model.vlm):
+        notes.append("the model has no matching head: there is no re-ranked table")
+    elif top_k and weight == 0:
+        notes.append(
+            "ITM has weight 0 (it gained nothing on validation): re-ranking changes nothing"
+        )
+    elif top_k:
+        origin = "from the checkpoint" if rerank_weight is None else "as given"
+        progress.say(
+            f"re-ranking: the top {top_k} (--top-k to change), ITM weight {weight:g} {origin}"
+        )
+    evaluation = evaluate_split(
+        model.vlm,
+        model.tokenizer,
+        part,
+        device=model.device,
+        precision=model.precision,
+        top_k=top_k,
+        rerank_weight=weight,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    return EvaluationReport(
+        evaluation=evaluation,
+        checkpoint=model.info.path,
+        sha256=model.info.sha256,
+        objective=model.info.objective,
+        data=Path(data),
+        source=dataset.manifest.source,
+        split=part.name,
+        split_name=dataset.manifest.split_name,
+        split_hash=part.hash,
+        partial=dataset.manifest.partial,
+        data_title=part.title,
+        precision=precision,
+        notes=notes,
+    )
+
+
+def _notes(manifest: Manifest, split: Split, info: CheckpointInfo) -> list[str]:
+    """What makes these figures incomparable with others, or too good."""
+    notes = []
+    trained = info.data
+    if manifest.partial:
+        notes.append(f"the data set is partial ({manifest.partial})")
+    if trained.get("split_hash") == split.hash:
+        notes.append(f"the model was trained on this very split ({split.name})")
+    elif (
+        trained.get("source") == manifest.source
+        and trained.get("split_name") != manifest.split_name
+    ):
+        notes.append(
+            f"the model was trained on the {trained.get('split_name')} split of {manifest.source}, "
+            f"and this is the {manifest.split_name} split: it may have seen these images"
+        )
+    return notes

@@ -1,0 +1,253 @@
+"""The training loop: one for pretraining and fine-tuning, on one process or many."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
+
+from vicvlm_cli.config import DataConfig, TrainConfig
+from vicvlm_cli.data.batches import Batch, Plan, Rows, batches, load_size
+from vicvlm_cli.data.prepared import Split
+from vicvlm_cli.data.tokenizer import Tokenizer
+from vicvlm_cli.data.transforms import color_jitter, random_crop
+from vicvlm_cli.objectives.ranks import Noise
+from vicvlm_cli.report.progress import Progress
+from vicvlm_cli.workflows.metrics import LOG_STEPS, Metrics
+
+T = TypeVar("T")
+# Never decayed: they are few, and their size means something (biases, norms, embeddings, scale).
+NO_DECAY = ("embed", "bias", "norm", "token", "logit_scale")
+
+
+@dataclass
+class Position:
+    """Where a run stands: what, with the weights, makes it go on as if it had never stopped."""
+
+    step: int = 0
+    seconds: float = 0.0
+    pairs: int = 0
+    validation: list[dict[str, Any]] = field(default_factory=list)
+    losses: dict[str, Any] = field(default_factory=dict)
+    best: float = -1.0
+
+
+def parameter_groups(objective: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
+    """AdamW groups: the image encoder and the rest, each with and without weight decay."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in objective.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        lr = config.lr
+        if name.startswith("model.image_encoder.") and config.image_lr:
+            lr = config.image_lr
+        plain = parameter.ndim < 2 or any(word in name for word in NO_DECAY)
+        groups.setdefault((lr, 0.0 if plain else config.weight_decay), []).append(parameter)
+    return [
+        {"params": p, "lr": lr, "peak_lr": lr, "weight_decay": decay}
+        for (lr, decay), p in groups.items()
+    ]
+
+
+def lr_factor(progress: float, config: TrainConfig) -> float:
+    """Share of the peak rate: linear warm-up, then a cosine down to ``final_lr``."""
+    if progress < config.warmup:
+        return max(progress / config.warmup, 1e-3)
+    rest = (progress - config.warmup) / max(1 - config.warmup, 1e-9)
+    return config.final_lr + (1 - config.final_lr) * (1 + math.cos(math.pi * min(rest, 1))) / 2
+
+
+def total_steps(plan: Plan, config: TrainConfig) -> int:
+    """Optimiser steps of the whole run."""
+    return max(1, math.ceil(config.epochs * plan.batches / config.accumulate))
+
+
+def augment(batch: Batch, size: int, data: DataConfig, noise: Noise) -> Tensor:
+    """Random crops, flips where captions allow them, and colours: float [B, 3, size, size]."""
+    rows = len(batch.image)
+    flip = batch.flip_ok & (noise.rand(rows) < 0.5) & data.flip
+    image = random_crop(batch.image, size, data.crop_scale, noise.rand(rows, 4), flip)
+    if data.color_jitter:
+        image = color_jitter(image, data.color_jitter, noise.rand(rows, 3))
+    return image
+
+
+def run_loop(
+    accelerator: Accelerator,
+    objective: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    config: TrainConfig,
+    data: DataConfig,
+    split: Split,
+    tokenizer: Tokenizer,
+    plan: Plan,
+    position: Position,
+    metrics: Metrics,
+    validate: Callable[[], None],
+    save_state: Callable[[], None],
+    progress: Progress,
+) -> None:
+    """Train from ``position`` to the end of the schedule, or of ``max_minutes``.
+
+    Raises:
+        UserError: the split does not fill a batch, or a loss is not finite.
+    """
+    model = accelerator.unwrap_model(objective).model
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    steps = total_steps(plan, config)
+    checks = max(1, round(config.validate_every * plan.batches / config.accumulate))
+    began = last_flush = last_state = time.perf_counter()
+    began -= position.seconds
+    pairs_flushed = position.pairs
+    per_batch = plan.batch_size * plan.world_size
+
+    def agreed(value: T) -> T:
+        """The first process's value; clocks differ, and what follows needs them all."""
+        return broadcast_object_list([value])[0]
+
+    def done() -> float:
+        """Share of the run that is over; the same on every process."""
+        share = position.step / steps
+        if config.max_minutes > 0:
+            share = agreed(max(share, (time.perf_counter() - began) / (60 * config.max_minutes)))
+        return min(share, 1.0)
+
+    size = load_size(model.config.image_size, data)
+    rows = Rows(split, tokenizer, size, model.config.max_tokens, data.cache_mb * 10**6)
+    pin = accelerator.device.type == "cuda"
+    objective.train()
+    stopping = _StopAtStep(enabled=accelerator.num_processes == 1)
+    goal = steps * config.accumulate * per_batch
+    with stopping, progress.bar("training", total=goal, unit="pairs") as bar:
+        bar.advance(position.pairs)
+        micro = position.step * config.accumulate
+        share = done()
+        while share < 1:
+            epoch, start = divmod(micro, max(plan.batches, 1))
+            for batch in batches(rows, plan, epoch, start, workers=data.workers, pin=pin):
+                noise = Noise(config.seed, micro, accelerator.device)
+                batch = batch.to(accelerator.device)
+                batch.image = augment(batch, model.config.image_size, data, noise)
+                weights = {k: v.at(share, position.step) for k, v in config.losses.items()}
+                active = {name for name, weight in weights.items() if weight > 0}
+                with accelerator.accumulate(objective):
+                    values, trivial = objective(batch, noise, active)
+                    total = torch.stack([weights[k] * v for k, v in values.items() if k in active])
+                    accelerator.backward(total.sum())
+                    if accelerator.sync_gradients:
+                        accelerator.clip_grad_norm_(parameters, config.grad_clip)
+                        for group in optimizer.param_groups:
+                            group["lr"] = group["peak_lr"] * lr_factor(share, config)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                metrics.add(position.step + 1, values, trivial)
+                micro += 1
+                position.pairs += per_batch
+                bar.advance(per_batch)
+                if not accelerator.sync_gradients:
+                    continue
+                accelerator.unwrap_model(objective).after_step()
+                position.step += 1
+                now = time.perf_counter()
+                position.seconds = now - began
+                used, share = share, done()
+                due = config.validate_every > 0 and position.step % checks == 0
+                saving = position.step % LOG_STEPS == 0 and agreed(
+                    now - last_state > 60 * config.state_minutes
+                )
+                stop = stopping.asked
+                # Before anything is kept, so that weights of a loss that is not finite never are.
+                if position.step % LOG_STEPS == 0 or due or stop or share >= 1:
+                    means = metrics.flush(
+                        step=position.step,
+                        epoch=round(micro / plan.batches, 4),
+                        progress=round(share, 5),
+                        seconds=round(position.seconds, 3),
+                        pairs=position.pairs,
+                        lr=config.lr * lr_factor(share, config),
+                        pairs_per_second=round(
+                            (position.pairs - pairs_flushed) / (now - last_flush), 1
+                        ),
+                        weights={name: loss.at(used) for name, loss in config.losses.items()},
+                    )
+                    last_flush, pairs_flushed = now, position.pairs
+                    shown = "  ".join(f"{k} {v:.3f}" for k, v in means.items())
+                    bar.describe(f"epoch {micro / plan.batches:.1f}  {shown}")
+                if due and share < 1:
+                    validate()
+                    objective.train()
+                if stop or (saving and share < 1):
+                    position.losses = metrics.history
+                    save_state()
+                    last_state = time.perf_counter()
+                if stop:
+                    raise KeyboardInterrupt
+                if share >= 1:
+                    break
+    position.losses = metrics.history
+
+
+class _StopAtStep:
+    """Turns Ctrl-C into a wish to stop at the end of the step, so that the state can be saved.
+
+    Only for a single process: several would each stop at a step of their own.
+    """
+
+    def __init__(self, enabled: bool) -> None:
+        self.enabled = enabled and threading.current_thread() is threading.main_thread()
+        self.asked = False
+
+    def __enter__(self) -> None:
+        if self.enabled:
+            self._before = signal.signal(signal.SIGINT, self._ask)
+
+    def __exit__(self, *_: object) -> None:
+        if self.enabled:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _ask(self, *_: object) -> None:
+        if self.asked:  # the second time is meant
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+def save_run_state(
+    accelerator: Accelerator, folder: Path, tokenizer: Tokenizer, description: dict[str, Any]
+) -> None:
+    """Write everything that resuming needs into ``folder``, whole or not at all."""
+    beside, old = folder.with_name("state.new"), folder.with_name("state.old")
+    if accelerator.is_main_process:
+        shutil.rmtree(beside, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(beside))
+    if accelerator.is_main_process:
+        (beside / "tokenizer.json").write_text(tokenizer.to_json(), "utf-8")
+        (beside / "run.json").write_text(json.dumps(description), "utf-8")
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(beside, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    accelerator.wait_for_everyone()
+
+
+def find_run_state(run: Path) -> Path | None:
+    """The folder of a run's saved state, or None; an interrupted save leaves the one before."""
+    for name in ("state", "state.old"):
+        if (run / name / "run.json").is_file():
+            return run / name
+    return None

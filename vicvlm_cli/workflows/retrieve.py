@@ -1,0 +1,175 @@
+"""retrieve: the pictures of a gallery that best fit a text or another picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from vicvlm_cli.checkpoint import load_model
+from vicvlm_cli.data.images import BadImage, load_rgb
+from vicvlm_cli.errors import UsageError, UserError
+from vicvlm_cli.gallery.results import Hit, RetrieveResult
+from vicvlm_cli.gallery.store import Gallery
+from vicvlm_cli.inference import LoadedModel, can_match
+from vicvlm_cli.report.progress import Progress
+from vicvlm_cli.report.sheet import Cell, check_sheet, contact_sheet, save_sheet
+
+CANDIDATES = 128
+THUMBNAIL = 448
+
+
+def retrieve(
+    gallery: Path,
+    query: str | None = None,
+    image: Path | None = None,
+    *,
+    checkpoint: Path | None = None,
+    top_k: int = 10,
+    rerank: bool = False,
+    sheet: Path | None = None,
+    progress: Progress,
+) -> RetrieveResult:
+    """Searches a gallery by words or by a picture.
+
+    Args:
+        checkpoint: None is the model that the gallery names.
+        top_k: how many hits, at most as many as the gallery has pictures.
+        rerank: order the best candidates by similarity and ITM together (text queries only).
+        sheet: a picture file to draw the query and the hits into.
+
+    Raises:
+        UsageError: not exactly one query, an empty one, or one that cannot be re-ranked.
+        UserError: gallery, model or query picture cannot be read, or the model is not the one
+            that made the gallery.
+    """
+    if (query is None) == (image is None):
+        raise UsageError("give either a text or --image PATH to look for")
+    if query is not None and not query.strip():
+        raise UsageError("the query is empty: give some words to look for, or --image PATH")
+    if rerank and query is None:
+        raise UsageError(
+            "--rerank compares words with pictures: it needs a text query, not --image"
+        )
+    if top_k < 1:
+        raise UsageError(f"--top-k must be at least 1, not {top_k}")
+    if sheet is not None:
+        check_sheet(sheet)
+    stored = Gallery.open(gallery)
+    model = _model_of(stored, gallery, checkpoint, progress)
+    if rerank and not can_match(model.vlm):
+        raise UsageError("this model has no matching head: leave out --rerank")
+    text = query or ""
+    if image is None:
+        features = model.encode_texts([text])
+        _warn_of_unknown(text, model, progress)
+    else:
+        features = model.encode_images([image])
+    wanted = max(top_k, CANDIDATES) if rerank else top_k
+    cosines, rows = (found[0] for found in stored.search(features, wanted))
+    scores = cosines
+    if rerank:
+        scores, cosines, rows = _reranked(text, stored, model, cosines, rows, progress)
+    hits = [
+        Hit(
+            rank=rank,
+            score=float(score),
+            cosine=float(cosine),
+            path=stored.location(row),
+            id=stored.items[row].id,
+            captions=stored.items[row].captions,
+            row=row,
+        )
+        for rank, (score, cosine, row) in enumerate(
+            zip(scores[:top_k], cosines, rows.tolist(), strict=False), start=1
+        )
+    ]
+    if sheet is not None:
+        shown = None if image is None else load_rgb(image, at_least=THUMBNAIL)
+        cells = [
+            Cell(_picture(stored, hit.row), f"{hit.rank}.  {hit.score:.3f}", hit.caption or hit.id)
+            for hit in progress.track(hits, "drawing", unit="images")
+        ]
+        save_sheet(contact_sheet(text or f"pictures like {image}", cells, shown), sheet)
+    return RetrieveResult(
+        query=text or str(image),
+        by_image=image is not None,
+        gallery=Path(gallery),
+        searched=len(stored),
+        reranked=rerank,
+        hits=hits,
+        sheet=sheet,
+    )
+
+
+def _model_of(
+    gallery: Gallery, path: Path, checkpoint: Path | None, progress: Progress
+) -> LoadedModel:
+    """The model to search with, which must be the one that made the gallery."""
+    if checkpoint is None:
+        checkpoint = Path(gallery.model_path)
+        if not checkpoint.is_file():
+            raise UserError(
+                f"{checkpoint}, the model that made the gallery {path}, is gone: "
+                "name its new place with --checkpoint, or run `vicvlm embed` with another"
+            )
+        progress.say(f"checkpoint: {checkpoint} (made this gallery; --checkpoint to change)")
+    model = load_model(checkpoint)
+    if model.info.sha256 != gallery.model_sha256:
+        raise UserError(
+            f"the gallery {path} was made by another model ({gallery.model_sha256[:8]}, then at "
+            f"{gallery.model_path}) than {checkpoint} ({model.info.sha256[:8]}): "
+            "run `vicvlm embed` again with this one"
+        )
+    return model
+
+
+def _warn_of_unknown(query: str, model: LoadedModel, progress: Progress) -> None:
+    input_ids, _ = model.tokenizer([query], model.vlm.config.max_tokens)
+    words = set(input_ids[0, 1:-1].tolist())
+    if words == {model.tokenizer.unk_id}:
+        progress.say(
+            "note: no word of the query is in the model's vocabulary; the hits mean little"
+        )
+
+
+def _reranked(
+    query: str,
+    gallery: Gallery,
+    model: LoadedModel,
+    cosines: torch.Tensor,
+    rows: torch.Tensor,
+    progress: Progress,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Scores, cosines and rows of the candidates [k], ordered by the combined score.
+
+    Candidates whose picture cannot be read any more are left out, with a note.
+    """
+    pictures, kept = [], []
+    for i, row in enumerate(progress.track(rows.tolist(), "reading candidates", unit="images")):
+        try:
+            pictures.append(gallery.image(row, at_least=model.vlm.config.image_size))
+            kept.append(i)
+        except BadImage as error:
+            progress.say(f"note: {gallery.location(row)} is {error.reason} and was left out")
+    if not kept:
+        raise UserError(
+            f"no candidate's picture can be read from {gallery.source}: leave out --rerank, or run "
+            "`vicvlm embed` on where the pictures are now"
+        )
+    progress.say(
+        f"re-ranking: {len(kept)} candidates, ITM weight {model.info.rerank_weight:g} "
+        "from the checkpoint"
+    )
+    scores = model.score_pairs(pictures, [query] * len(pictures))
+    order = scores.argsort(descending=True, stable=True)
+    at = torch.tensor(kept)[order]
+    return scores[order], cosines[at], rows[at]
+
+
+def _picture(gallery: Gallery, row: int) -> Image.Image | None:
+    try:
+        return gallery.image(row, at_least=THUMBNAIL)
+    except BadImage:
+        return None
