@@ -82,8 +82,9 @@ def test_the_round_trip_is_exact(fusion: str, tmp_path: Path) -> None:
         k: v for k, v in expected.items() if k != "model"
     }
     batch = make_batch(3)
-    image, text = model.encode_image(batch.image), model.encode_text(
-        batch.input_ids, batch.attention_mask
+    image, text = (
+        model.encode_image(batch.image),
+        model.encode_text(batch.input_ids, batch.attention_mask),
     )
     assert torch.equal(loaded.vlm.encode_image(batch.image).features, image.features)
     assert torch.equal(loaded.vlm.match(image, text), model.match(image, text))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -82,6 +81,7 @@ def prepare(
     from vicvlm_cli.workflows import prepare as workflow
 
     progress = make_progress()
+    sizes = dict(train=train, val=val, test=test)
     result = call(
         workflow.prepare,
         source,
@@ -93,7 +93,7 @@ def prepare(
         seed=seed,
         split_scheme=split_scheme,
         from_hub=from_hub,
-        sizes=_given(train=train, val=val, test=test) or None,
+        sizes={name: size for name, size in sizes.items() if size is not None} or None,
         progress=progress,
     )
     if result.skipped_work:
@@ -131,18 +131,6 @@ def pretrain(
     from vicvlm_cli.workflows import train as workflow
 
     progress = make_progress()
-    model = _given(
-        image_encoder=image_encoder, image_weights=image_weights, text_encoder=text_encoder
-    )
-    training = _given(
-        objective=objective,
-        epochs=epochs,
-        max_minutes=max_minutes,
-        batch_size=batch_size,
-        lr=lr,
-        seed=seed,
-        precision=precision,
-    )
     result = call(
         workflow.pretrain,
         default("data", data, "--data", progress),
@@ -150,9 +138,12 @@ def pretrain(
         config_file=config,
         overrides=[
             *(settings or ()),
-            *_overrides("model", model),
-            *_overrides("pretrain", training),
-            *_overrides("pretrain.options", _given(target=target)),
+            *_overrides("model", image_encoder=image_encoder, image_weights=image_weights),
+            *_overrides("model", text_encoder=text_encoder),
+            *_overrides("pretrain", objective=objective, seed=seed, precision=precision),
+            *_overrides("pretrain", epochs=epochs, max_minutes=max_minutes),
+            *_overrides("pretrain", batch_size=batch_size, lr=lr),
+            *_overrides("pretrain.options", target=target),
         ],
         output=output,
         resume=resume,
@@ -188,19 +179,15 @@ def finetune(
         checkpoint = default("checkpoint", checkpoint, "CHECKPOINT", progress)
     elif checkpoint is not None:
         raise UsageError("--resume goes on from the run's own weights: leave out CHECKPOINT")
-    training = _given(
-        epochs=epochs,
-        max_minutes=max_minutes,
-        batch_size=batch_size,
-        lr=lr,
-        seed=seed,
-        precision=precision,
-    )
     result = call(
         workflow.finetune,
         checkpoint,
         default("data", data, "--data", progress),
-        overrides=[*(settings or ()), *_overrides("finetune", training)],
+        overrides=[
+            *(settings or ()),
+            *_overrides("finetune", epochs=epochs, max_minutes=max_minutes),
+            *_overrides("finetune", batch_size=batch_size, lr=lr, seed=seed, precision=precision),
+        ],
         output=output,
         resume=resume,
         track=track,
@@ -300,13 +287,10 @@ def _embed(source: Path | None, checkpoint: Path | None, progress: Progress, **o
     return result
 
 
-def _given(**options: Any) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}
-
-
-def _overrides(table: str, options: Mapping[str, Any]) -> list[str]:
-    """Options as the settings KEY=VALUE that they stand for (a JSON value is a TOML value)."""
-    return [f"{table}.{k}={json.dumps(v, ensure_ascii=False)}" for k, v in options.items()]
+def _overrides(table: str, **options: Any) -> list[str]:
+    """The options that were given as settings KEY=VALUE (a JSON value is a TOML value)."""
+    given = {key: value for key, value in options.items() if value is not None}
+    return [f"{table}.{k}={json.dumps(v, ensure_ascii=False)}" for k, v in given.items()]
 
 
 def main() -> None:

@@ -89,9 +89,7 @@ def test_one_caption_of_every_picture() -> None:
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_share_the_global_batch(mode: str, processes: int) -> None:
     one = rows(plan(mode, 2 * processes), 5)
-    parts = [
-        rows(plan(mode, 2, rank=rank, world_size=processes), 5) for rank in range(processes)
-    ]
+    parts = [rows(plan(mode, 2, rank=rank, world_size=processes), 5) for rank in range(processes)]
     joint = [sum(step, []) for step in zip(*parts, strict=True)]
     assert joint == one
 

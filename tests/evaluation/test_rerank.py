@@ -101,17 +101,21 @@ def test_the_chosen_weight_is_the_smallest_of_the_best():
     assert helpful.metrics(1e6).image_retrieval.r10 == dual.image_retrieval.r10
 
 
+def encoded(model, split, **options):
+    return encode_split(
+        model.vlm,
+        model.tokenizer,
+        split,
+        device=model.device,
+        precision="no",
+        progress=QUIET,
+        **options,
+    )
+
+
 def test_every_pair_is_scored_as_the_model_scores_it_alone(tiny_model, tiny_data, monkeypatch):
     split = PreparedDataset.open(tiny_data).split("test")
-    features = encode_split(
-        tiny_model.vlm,
-        tiny_model.tokenizer,
-        split,
-        device=tiny_model.device,
-        precision="no",
-        batch_size=5,
-        progress=QUIET,
-    )
+    features = encoded(tiny_model, split, batch_size=5)
     captions = [caption for group in split.captions for caption in group]
     assert torch.allclose(features.text, tiny_model.encode_texts(captions, 1), atol=1e-5)
     assert features.text_image.tolist() == [i for i in range(12) for _ in range(5)]
@@ -136,14 +140,7 @@ def test_every_pair_is_scored_as_the_model_scores_it_alone(tiny_model, tiny_data
 
 def test_rerank_scores_each_wanted_pair_once(tiny_model, tiny_data, monkeypatch):
     split = PreparedDataset.open(tiny_data).split("test")
-    features = encode_split(
-        tiny_model.vlm,
-        tiny_model.tokenizer,
-        split,
-        device=tiny_model.device,
-        precision="no",
-        progress=QUIET,
-    )
+    features = encoded(tiny_model, split)
     scored = []
 
     def numbered(vlm, images, texts, image_index, text_index, **_):

@@ -181,9 +181,7 @@ def test_sine_cosine_positions_follow_their_formula() -> None:
         (NAME, {"embed_dim": 25, "num_heads": 2}, "timm cannot make"),
     ],
 )
-def test_what_is_not_a_plain_vit_is_refused(
-    name: str, options: dict[str, Any], words: str
-) -> None:
+def test_what_is_not_a_plain_vit_is_refused(name: str, options: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         ImageEncoder(name, 32, {**({} if name == "resnet18" else TINY), **options}, "learned")
 

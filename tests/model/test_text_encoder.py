@@ -106,9 +106,7 @@ def test_a_model_from_a_bert_runs_that_berts_layers(fusion: str, tmp_path: Path)
     config = make_config(text_encoder=str(tmp_path), text_layers=3, fusion_layers=2, fusion=fusion)
     model = create_model(config, vocab_size=50).eval()
     ids, mask = captions()
-    states = own(
-        input_ids=ids, attention_mask=mask.long(), output_hidden_states=True
-    ).hidden_states
+    states = own(input_ids=ids, attention_mask=mask.long(), output_hidden_states=True).hidden_states
     torch.testing.assert_close(
         model.encode_text(ids, mask).tokens[mask], states[3][mask], rtol=1e-4, atol=1e-5
     )

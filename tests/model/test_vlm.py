@@ -49,9 +49,7 @@ def test_a_caption_alone_is_what_it_is_in_a_batch() -> None:
     together = model.match(image, text)
     for row, length in enumerate(batch.attention_mask.sum(1).tolist()):
         one = slice(row, row + 1)
-        alone = model.encode_text(
-            batch.input_ids[one, :length], batch.attention_mask[one, :length]
-        )
+        alone = model.encode_text(batch.input_ids[one, :length], batch.attention_mask[one, :length])
         close(alone.features[0], text.features[row])
         picture = Encoded(image.features[one], image.tokens[one], None)
         close(model.match(picture, alone), together[one])

@@ -20,9 +20,7 @@ CPU = torch.device("cpu")
 
 
 def encode(model: VLM, batch: Batch) -> tuple[Encoded, Encoded]:
-    return model.encode_image(batch.image), model.encode_text(
-        batch.input_ids, batch.attention_mask
-    )
+    return model.encode_image(batch.image), model.encode_text(batch.input_ids, batch.attention_mask)
 
 
 def test_contrast_is_itc_on_scaled_cosines() -> None:
@@ -78,9 +76,7 @@ def test_matching_equals_scoring_every_pair_alone(fusion: str, number: int) -> N
         image, text = encode(model, batch)
         contrasted = contrast(model, image, text, batch.image_id)
         if slow:
-            loss = slow_match(
-                model, image, text, contrasted.similarity, batch.image_id, number
-            )
+            loss = slow_match(model, image, text, contrasted.similarity, batch.image_id, number)
         else:
             loss, fused = match(model, image, text, contrasted, Noise(3, 5, CPU), number)
             matched = model.fuse(image.tokens, None, text.tokens, batch.attention_mask)

@@ -61,8 +61,24 @@ def test_a_prediction_knows_its_place_and_what_is_seen(predictor: PatchPredictor
     before = predictor(visible, keep, masked)
     assert float((before[:, 0] - before[:, 1]).abs().amax()) > 1e-2
     visible[:, 2] += torch.randn(12)
-    changed = (predictor(visible, keep, masked) - before).abs().amax(2)
-    assert bool((changed > 1e-4).all())
+    changed = (predictor(visible, keep, masked) - before).abs().amax(2) > 1e-4
+    for row in range(2):  # two convolutions see two patches far
+        y, x = divmod(int(keep[row, 2]), 4)
+        far = [max(abs(m // 4 - y), abs(m % 4 - x)) for m in masked[row].tolist()]
+        assert changed[row].tolist() == [distance <= 2 for distance in far]
+    context, mask = torch.randn(2, 5, 10), torch.ones(2, 5, dtype=torch.bool)
+    before = predictor(visible, keep, masked, context, mask)  # and the attention everything
+    visible[:, 2] += torch.randn(12)
+    after = predictor(visible, keep, masked, context, mask)
+    assert bool(((after - before).abs().amax(2) > 1e-4).all())
+
+
+def test_what_is_seen_goes_back_to_its_place(predictor: PatchPredictor) -> None:
+    # All patches but one are seen, and a patch is told apart from its mirror image.
+    visible, numbers = torch.randn(1, 15, 12), torch.arange(16)[None]
+    straight = predictor(visible, numbers[:, :15], numbers[:, 15:])
+    mirrored = predictor(visible, numbers[:, :15].flip(1), numbers[:, 15:])
+    assert bool(((straight - mirrored).abs() > 1e-3).any())
 
 
 def test_mask_tokens_stand_after_the_visible_patches() -> None:

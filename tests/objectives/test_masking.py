@@ -87,9 +87,7 @@ class Words:
         special[list(tokenizer.special_ids())] = True
         self.special, self.continuation = special, tokenizer.continuation()
         noise = uniform(len(captions), 60, seed=seed)[:, : self.ids.shape[1]]
-        self.hidden = mask_words(
-            self.ids, self.mask, self.continuation, special, noise, ratio
-        )
+        self.hidden = mask_words(self.ids, self.mask, self.continuation, special, noise, ratio)
 
     def words(self, row: int) -> list[list[int]]:
         """The positions of each word of a caption."""

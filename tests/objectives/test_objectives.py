@@ -80,9 +80,7 @@ def test_every_trainable_parameter_gets_a_gradient(
 
 
 @EVERY
-def test_a_tiny_batch_is_learned_by_heart(
-    name: str, options: dict[str, Any], fusion: str
-) -> None:
+def test_a_tiny_batch_is_learned_by_heart(name: str, options: dict[str, Any], fusion: str) -> None:
     objective, batch = make(name, options, fusion), make_batch(4)
     parameters = [p for p in objective.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=3e-3)

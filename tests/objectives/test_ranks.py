@@ -39,7 +39,7 @@ def test_noise_depends_on_seed_and_step_alone() -> None:
     assert torch.equal(again.rand(4, 2), a) and torch.equal(again.rand(5), b)
     assert not torch.equal(Noise(3, 8, CPU).rand(4, 2), a)
     assert not torch.equal(Noise(4, 7, CPU).rand(4, 2), a)
-    assert 0 <= float(a.min()) and float(a.max()) < 1
+    assert float(a.min()) >= 0 and float(a.max()) < 1
 
 
 @pytest.mark.parametrize("processes", [2, 3])

@@ -16,6 +16,4 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes = {"train": 96, "val": 16, "test": 16}
     folder = tmp_path_factory.mktemp("scenes")
     quiet = Progress(quiet=True)
-    return prepare(
-        "scenes", folder, image_side=32, sizes=sizes, workers=1, progress=quiet
-    ).path
+    return prepare("scenes", folder, image_side=32, sizes=sizes, workers=1, progress=quiet).path

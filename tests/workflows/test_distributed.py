@@ -115,8 +115,9 @@ def test_training_is_that_of_one_process_on_the_joint_batch(
         assert mine["losses"] == pytest.approx(other["losses"], rel=2e-3)
         for key in ("pairs", "epoch", "lr", "progress"):
             assert mine[key] == other[key]
-    first, last = load_file(folder / "run" / "model.safetensors"), load_file(
-        one / "model.safetensors"
+    first, last = (
+        load_file(folder / "run" / "model.safetensors"),
+        load_file(one / "model.safetensors"),
     )
     for name, value in first.items():
         torch.testing.assert_close(value, last[name], rtol=0.05, atol=0.01)

@@ -59,9 +59,7 @@ def test_steps_are_those_of_all_epochs() -> None:
 @pytest.mark.parametrize("fusion", FUSIONS)
 @pytest.mark.parametrize("image_lr", [0.0, 5e-5])
 def test_groups_hold_every_parameter_once(fusion: str, image_lr: float) -> None:
-    config = TrainConfig(
-        lr=1e-3, image_lr=image_lr, weight_decay=0.1, losses={"itc": LossConfig()}
-    )
+    config = TrainConfig(lr=1e-3, image_lr=image_lr, weight_decay=0.1, losses={"itc": LossConfig()})
     objective = create_objective(make_model(fusion=fusion), make_tokenizer(), config)
     groups = parameter_groups(objective, config)
     placed = {id(p): group for group in groups for p in group["params"]}

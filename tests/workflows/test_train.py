@@ -24,7 +24,7 @@ from vicvlm_cli.errors import UsageError, UserError
 from vicvlm_cli.objectives import losses
 from vicvlm_cli.objectives.vicvlm import VicVLM
 from vicvlm_cli.report.progress import Progress
-from vicvlm_cli.workflows import loop, train
+from vicvlm_cli.workflows import launch, loop, session
 from vicvlm_cli.workflows.prepare import prepare
 from vicvlm_cli.workflows.train import TrainResult, finetune, pretrain
 
@@ -207,9 +207,7 @@ def test_a_run_that_dies_goes_on_from_its_last_save(scenes: Path, tmp_path: Path
     assert equal(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
 
 
-def test_what_cannot_be_resumed(
-    pretrained: TrainResult, scenes: Path, tmp_path: Path
-) -> None:
+def test_what_cannot_be_resumed(pretrained: TrainResult, scenes: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be resumed: it has finished"):
         pretrain(scenes, resume=pretrained.run, progress=QUIET)
     with pytest.raises(UserError, match="cannot be resumed: it has no saved state"):
@@ -217,9 +215,7 @@ def test_what_cannot_be_resumed(
     with pytest.raises(UsageError, match="--resume goes on with a run's own settings"):
         pretrain(scenes, resume=tmp_path, overrides=["pretrain.lr=1"], progress=QUIET)
     with pytest.raises(UsageError, match="--resume goes on with a run's own settings"):
-        finetune(
-            pretrained.checkpoint, scenes, resume=tmp_path, output=tmp_path, progress=QUIET
-        )
+        finetune(pretrained.checkpoint, scenes, resume=tmp_path, output=tmp_path, progress=QUIET)
     stopped = tmp_path / "stopped"
     with pytest.MonkeyPatch.context() as patch:
         interrupt_at(1, patch, ctrl_c)
@@ -237,12 +233,10 @@ def test_what_cannot_be_resumed(
         run(scenes, stopped)
 
 
-def scripted(
-    rsums: list[float], patch: pytest.MonkeyPatch
-) -> list[dict[str, Tensor]]:
+def scripted(rsums: list[float], patch: pytest.MonkeyPatch) -> list[dict[str, Tensor]]:
     """Validations that find these figures, and the weights that each of them saw."""
     seen: list[dict[str, Tensor]] = []
-    real = train.evaluate_split
+    real = session.evaluate_split
 
     def evaluate(model: Any, *arguments: Any, top_k: int, **options: Any) -> Any:
         if top_k:
@@ -255,7 +249,7 @@ def scripted(
             to_dict=lambda: {"dual": {"rsum": rsum}, "reranked": None},
         )
 
-    patch.setattr(train, "evaluate_split", evaluate)
+    patch.setattr(session, "evaluate_split", evaluate)
     return seen
 
 
@@ -289,9 +283,7 @@ def test_fine_tuning_starts_from_the_checkpoint(
     pretrained: TrainResult, scenes: Path, tmp_path: Path
 ) -> None:
     still = ["finetune.lr=1e-30", "finetune.epochs=0.2"]
-    finetune(
-        pretrained.checkpoint, scenes, overrides=still, output=tmp_path / "f", progress=QUIET
-    )
+    finetune(pretrained.checkpoint, scenes, overrides=still, output=tmp_path / "f", progress=QUIET)
     assert equal(weights(tmp_path / "f"), weights(pretrained.run))
     loaded = load_model(tmp_path / "f", device="cpu")
     before = load_model(pretrained.checkpoint, device="cpu")
@@ -317,7 +309,10 @@ def test_a_stopped_fine_tuning_goes_on(
 ) -> None:
     def tune(name: str, **options: Any) -> TrainResult:
         return finetune(
-            pretrained.checkpoint, scenes, progress=QUIET, **(options or {"output": tmp_path / name})
+            pretrained.checkpoint,
+            scenes,
+            progress=QUIET,
+            **(options or {"output": tmp_path / name}),
         )
 
     tune("whole")
@@ -340,9 +335,7 @@ def test_accumulation_makes_fewer_larger_steps(
     counted: list[str] = []
     for owner, method in ((torch.optim.AdamW, "step"), (VicVLM, "after_step")):
         monkeypatch.setattr(owner, method, counting(counted, method, getattr(owner, method)))
-    result = run(
-        scenes, tmp_path / "run", "pretrain.epochs=1", f"pretrain.accumulate={accumulate}"
-    )
+    result = run(scenes, tmp_path / "run", "pretrain.epochs=1", f"pretrain.accumulate={accumulate}")
     assert result.steps == steps
     assert counted.count("step") == counted.count("after_step") == steps
     assert result.pairs == steps * accumulate * 16  # the fourth goes on into the next epoch
@@ -380,9 +373,7 @@ def test_the_schedule_ends_with_the_time(
 ) -> None:
     ticks = iter(range(10**6))  # every look at the clock finds it a second later
     monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
-    result = run(
-        scenes, tmp_path / "run", "pretrain.epochs=1000", "pretrain.max_minutes=0.5"
-    )
+    result = run(scenes, tmp_path / "run", "pretrain.epochs=1000", "pretrain.max_minutes=0.5")
     assert 5 < result.steps < 30
     assert 30 <= result.seconds < 40
     last = rows(result.run)[-1]
@@ -443,9 +434,7 @@ def test_runs_get_folders_of_their_own(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("pretrain-scenes", "pretrain-scenes-2"):
-        result = pretrain(
-            scenes, overrides=[*TINY, "pretrain.epochs=0.1"], progress=QUIET
-        )
+        result = pretrain(scenes, overrides=[*TINY, "pretrain.epochs=0.1"], progress=QUIET)
         assert result.run == Path("runs") / name
         assert (tmp_path / "runs" / name / "model.safetensors").is_file()
 
@@ -486,7 +475,7 @@ def test_what_cannot_be_trained_is_one_sentence(
 def test_a_tracker_that_is_not_installed_is_named(
     scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match="--track wandb needs its package"):
         run(scenes, tmp_path / "run", track="wandb")
 

@@ -63,7 +63,7 @@ def make_objective(case: str) -> Any:
 
 
 def losses_and_gradients(case: str, rank: int | None) -> dict[str, Tensor]:
-    """One step without an update: of one process (None) or of one of two, reduced as training does."""
+    """What one step gives in one process (None), or reduced over two as training does."""
     objective = make_objective(case)
     batch = joint_batch() if rank is None else share(joint_batch(), rank)
     wrapped = (
@@ -126,7 +126,8 @@ def training(data: Path, out: Path, settings: list[str]) -> dict[str, Tensor]:
 
 def work(rank: int, data: Path, out: Path) -> None:
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     dist.init_process_group("gloo", f"file://{out / 'meet'}", rank=rank, world_size=2)
     results = {"primitives": primitives(rank)}
     for case in CASES:

@@ -143,7 +143,7 @@ def batches(
     loader: DataLoader[Batch] = DataLoader(
         rows,
         batch_size=None,
-        sampler=plan.epoch(epoch, start),  # type: ignore[arg-type]
+        sampler=plan.epoch(epoch, start),
         num_workers=workers,
         pin_memory=pin,
         prefetch_factor=4 if workers else None,

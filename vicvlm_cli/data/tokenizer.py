@@ -19,17 +19,15 @@ class Tokenizer:
     """A BERT-style WordPiece tokenizer held as one JSON text, so that a checkpoint can carry it."""
 
     def __init__(self, backend: Backend) -> None:
-        missing = [t for t in SPECIAL if backend.token_to_id(t) is None]
-        if missing:
+        ids = {t: i for t in SPECIAL if (i := backend.token_to_id(t)) is not None}
+        if missing := [t for t in SPECIAL if t not in ids]:
             raise UserError(
                 f"the tokenizer has no {', '.join(missing)}: use one of a BERT (WordPiece) model"
             )
         self.backend = backend
         backend.no_padding()
         backend.no_truncation()
-        self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (
-            backend.token_to_id(t) for t in SPECIAL
-        )
+        self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (ids[t] for t in SPECIAL)
 
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -136,8 +134,8 @@ def _pipeline(model: models.WordPiece) -> Backend:
 def _of_vocabulary(vocabulary: dict[str, int]) -> Backend:
     """A BERT tokenizer of the given tokens and ids."""
     backend = _pipeline(models.WordPiece(vocabulary, unk_token="[UNK]"))
-    ends = [(token, vocabulary.get(token)) for token in ("[SEP]", "[CLS]")]
-    if all(index is not None for _, index in ends):  # else the tokenizer will be refused
-        backend.post_processor = processors.BertProcessing(*ends)
+    if "[SEP]" in vocabulary and "[CLS]" in vocabulary:  # else the tokenizer will be refused
+        sep, cls = (("[SEP]", vocabulary["[SEP]"]), ("[CLS]", vocabulary["[CLS]"]))
+        backend.post_processor = processors.BertProcessing(sep, cls)
     backend.add_special_tokens([token for token in SPECIAL if token in vocabulary])
     return backend

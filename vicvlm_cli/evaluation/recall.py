@@ -79,14 +79,14 @@ class Recall:
 def recall(ranks: Tensor) -> Recall:
     """Recall figures of 1-based ranks [Q]: the share of queries with a match in the top K.
 
-    The median of an even number of ranks is the mean of the middle two. Raises ValueError
-    without ranks.
+    The median of an even number of ranks is the mean of the middle two (VSE++ rounds it down).
+    Raises ValueError without ranks.
     """
     if len(ranks) == 0:
         raise ValueError("no queries to evaluate")
     ordered = ranks.double().sort().values
     middle = ordered[[(len(ordered) - 1) // 2, len(ordered) // 2]].mean()
-    r1, r5, r10 = (100.0 * (ranks <= k).double().mean().item() for k in (1, 5, 10))
+    r1, r5, r10 = (100 * int((ranks <= k).sum()) / len(ranks) for k in (1, 5, 10))
     return Recall(
         r1=r1,
         r5=r5,

@@ -45,7 +45,7 @@ class ImageEncoder(nn.Module):
         arguments = {"num_classes": 0, "img_size": size, **options}
         if weights == "hub":
             arguments["pretrained"] = True
-        vit = _create(name, weights, arguments)
+        vit: Any = _create(name, weights, arguments)
         plain = isinstance(vit, VisionTransformer) and vit.attn_pool is None
         if not (plain and vit.cls_token is not None):
             raise UserError(
@@ -61,7 +61,7 @@ class ImageEncoder(nn.Module):
             _load_weights(vit, name, weights)
         self.vit = vit
         self.width: int = vit.embed_dim
-        self.grid: tuple[int, int] = tuple(vit.patch_embed.grid_size)  # type: ignore[assignment]
+        self.grid: tuple[int, int] = tuple(vit.patch_embed.grid_size)
         self.prefix: int = vit.num_prefix_tokens
         if positions == "sincos" and not weights:
             # timm starts positions at a std of 0.02 beside patches of about 0.3; a short training
@@ -85,7 +85,7 @@ class ImageEncoder(nn.Module):
         Returns:
             [B, prefix + N or K, width], the class token first, after the final norm.
         """
-        vit = self.vit
+        vit: Any = self.vit
         x = vit.norm_pre(vit._pos_embed(vit.patch_embed(image)))  # [B, prefix + N, D]
         if keep is not None:
             patches = x[:, self.prefix :]

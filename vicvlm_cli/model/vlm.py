@@ -163,12 +163,13 @@ def create_model(config: ModelConfig, vocab_size: int, max_tokens: int | None = 
         max_tokens=min(config.max_tokens, bert.max_position_embeddings),
     )
     model = VLM(resolved, image_weights=weights)
+    fusion_bert: nn.Module = model.fusion.get_submodule("bert")
     load_half(model.text_encoder.bert, text)
     positions = "embeddings.position_embeddings.weight"
-    own = model.fusion.bert.state_dict()[positions]
+    own = fusion_bert.state_dict()[positions]
     if own.shape != fusion[positions].shape:  # more image tokens than BERT has positions
         own = own.clone()
         own[: len(fusion[positions])] = fusion[positions]
         fusion[positions] = own
-    load_half(model.fusion.bert, fusion)
+    load_half(fusion_bert, fusion)
     return model

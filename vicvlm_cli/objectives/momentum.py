@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class EmaTarget(nn.Module):
@@ -27,7 +27,8 @@ class EmaTarget(nn.Module):
     @torch.no_grad()
     def update(self, online: nn.Module) -> None:
         """Move one step towards ``online``."""
-        targets = list(self.module.parameters())
-        torch._foreach_lerp_(targets, list(online.parameters()), 1 - self.decay)
+        targets: list[Tensor] = list(self.module.parameters())
+        sources: list[Tensor] = list(online.parameters())
+        torch._foreach_lerp_(targets, sources, 1 - self.decay)
         for mine, theirs in zip(self.module.buffers(), online.buffers(), strict=True):
             mine.copy_(theirs)

@@ -5,12 +5,13 @@ With one process each function is the plain local thing, so objectives are writt
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.nn.functional import all_gather
 
 
 def world_size() -> int:
@@ -35,7 +36,23 @@ def gather(x: Tensor) -> Tensor:
         parts = [torch.empty_like(x) for _ in range(world_size())]
         dist.all_gather(parts, x.contiguous())
         return torch.cat(parts)
-    return torch.cat(all_gather(x.contiguous()))
+    return _Gather.apply(x)
+
+
+class _Gather(torch.autograd.Function):
+    """The rows of all processes; a row's gradient is the sum over what all did with it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        parts = [torch.empty_like(x) for _ in range(world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient)
+        return gradient.chunk(world_size())[rank()]
 
 
 def gather_padded(x: Tensor, dim: int = 1) -> Tensor:

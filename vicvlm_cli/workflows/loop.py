@@ -146,7 +146,8 @@ def run_loop(
                 active = {name for name, weight in weights.items() if weight > 0}
                 with accelerator.accumulate(objective):
                     values, trivial = objective(batch, noise, active)
-                    total = torch.stack([weights[k] * v for k, v in values.items() if k in active])
+                    # With those of weight 0, or processes would wait for their gradients in vain.
+                    total = torch.stack([weights.get(k, 0.0) * v for k, v in values.items()])
                     accelerator.backward(total.sum())
                     if accelerator.sync_gradients:
                         accelerator.clip_grad_norm_(parameters, config.grad_clip)

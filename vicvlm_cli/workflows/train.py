@@ -3,45 +3,39 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import os
-import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    broadcast_object_list,
-    parse_flag_from_env,
     set_seed,
 )
 
 from vicvlm_cli import config as configs
-from vicvlm_cli.checkpoint import FILE_NAME, load_model, save_model
-from vicvlm_cli.config import Config, DataConfig, ModelConfig, TrainConfig
+from vicvlm_cli.checkpoint import load_model
+from vicvlm_cli.config import Config, ModelConfig
 from vicvlm_cli.data.batches import Plan
 from vicvlm_cli.data.prepared import PreparedDataset
 from vicvlm_cli.data.tokenizer import Tokenizer
-from vicvlm_cli.device import supports_bf16
 from vicvlm_cli.errors import UsageError, UserError
-from vicvlm_cli.evaluation.evaluate import evaluate_split
 from vicvlm_cli.model.vlm import VLM, create_model
 from vicvlm_cli.objectives import create_objective
 from vicvlm_cli.report.progress import Progress
+from vicvlm_cli.workflows.launch import join, make_accelerator, run_folder, with_workers
 from vicvlm_cli.workflows.loop import (
     Position,
     find_run_state,
     parameter_groups,
     run_loop,
-    save_run_state,
     total_steps,
 )
 from vicvlm_cli.workflows.metrics import LossRow, Metrics, summary_dicts
+from vicvlm_cli.workflows.session import Job, Session
 
 PRESET_OF_SOURCE = {"scenes": "vicvlm-tiny"}
 DEFAULT_PRESET = "vicvlm-small-flickr30k"
@@ -72,35 +66,6 @@ class TrainResult:
         }
 
 
-@dataclass
-class _Job:
-    """One training, ready to run."""
-
-    kind: str  # "pretrain" or "finetune"
-    config: Config
-    model: VLM
-    tokenizer: Tokenizer
-    dataset: PreparedDataset
-    run: Path
-    position: Position
-    state: Path | None = None
-
-    @property
-    def train(self) -> TrainConfig:
-        return self.config.pretrain if self.kind == "pretrain" else self.config.finetune
-
-    @property
-    def origin(self) -> dict[str, Any]:
-        split, manifest = self.dataset.split("train"), self.dataset.manifest
-        return {
-            "source": manifest.source,
-            "split_name": manifest.split_name,
-            "split": "train",
-            "split_hash": split.hash,
-            "partial": manifest.partial,
-        }
-
-
 def pretrain(
     data: Path,
     *,
@@ -125,7 +90,7 @@ def pretrain(
     Raises:
         UserError: data, configuration, weights or a run that cannot be used.
     """
-    _join()
+    join()
     dataset = PreparedDataset.open(data)
     if resume is not None:
         if preset or config_file or overrides or output:
@@ -136,8 +101,8 @@ def pretrain(
         source = dataset.manifest.source
         progress.say(f"preset: {preset} (default for {source}; --preset to change)")
     config = configs.load_config(preset, config_file, overrides)
-    run = _run_folder("pretrain", dataset, output)
-    accelerator = _accelerator(config.pretrain, track, run)
+    run = run_folder("pretrain", dataset, output)
+    accelerator = make_accelerator(config.pretrain, track, run)
     split = dataset.split("train")
     if config.model.text_encoder:
         tokenizer = Tokenizer.load(config.model.text_encoder)
@@ -146,7 +111,7 @@ def pretrain(
         tokenizer = Tokenizer.train(captions, config.model.vocab_size)
     set_seed(config.pretrain.seed)
     model = create_model(config.model, tokenizer.vocab_size)
-    job = _Job("pretrain", config, model, tokenizer, dataset, run, Position())
+    job = Job("pretrain", config, model, tokenizer, dataset, run, Position())
     return _train(job, accelerator, progress)
 
 
@@ -168,7 +133,7 @@ def finetune(
     Raises:
         UserError: a checkpoint, data, configuration or run that cannot be used.
     """
-    _join()
+    join()
     dataset = PreparedDataset.open(data)
     if resume is not None:
         if overrides or output:
@@ -178,10 +143,10 @@ def finetune(
     config = configs.load_config(base=loaded.info.config, overrides=overrides)
     if config.model != loaded.vlm.config:
         raise UsageError("a checkpoint's model cannot be changed: leave out --set model.…")
-    run = _run_folder("finetune", dataset, output)
-    accelerator = _accelerator(config.finetune, track, run)
+    run = run_folder("finetune", dataset, output)
+    accelerator = make_accelerator(config.finetune, track, run)
     set_seed(config.finetune.seed)
-    job = _Job("finetune", config, loaded.vlm, loaded.tokenizer, dataset, run, Position())
+    job = Job("finetune", config, loaded.vlm, loaded.tokenizer, dataset, run, Position())
     return _train(job, accelerator, progress)
 
 
@@ -203,16 +168,16 @@ def _resume(
     tokenizer = Tokenizer.from_json((state / "tokenizer.json").read_text("utf-8"))
     position = Position(**description["position"])
     train = config.pretrain if kind == "pretrain" else config.finetune
-    accelerator = _accelerator(train, track, run)
+    accelerator = make_accelerator(train, track, run)
     set_seed(train.seed)
     model = VLM(configs.from_dict(ModelConfig, description["model"]))
-    job = _Job(kind, config, model, tokenizer, dataset, run, position, state)
+    job = Job(kind, config, model, tokenizer, dataset, run, position, state)
     progress.say(f"resuming {run} at step {position.step}")
     return _train(job, accelerator, progress)
 
 
-def _train(job: _Job, accelerator: Accelerator, progress: Progress) -> TrainResult:
-    config, data = job.train, _with_workers(job.config.data, accelerator)
+def _train(job: Job, accelerator: Accelerator, progress: Progress) -> TrainResult:
+    config, data = job.train, with_workers(job.config.data, accelerator)
     split = job.dataset.split("train")
     plan = Plan(
         tuple(len(c) for c in split.captions),
@@ -234,7 +199,7 @@ def _train(job: _Job, accelerator: Accelerator, progress: Progress) -> TrainResu
     accelerator.wait_for_everyone()
     metrics = Metrics(accelerator, job.run / "metrics.jsonl", job.position.losses)
     _say_what(job, accelerator, plan, progress)
-    session = _Session(job, accelerator, metrics, progress)
+    session = Session(job, accelerator, metrics, progress)
     run_loop(
         accelerator,
         objective,
@@ -269,165 +234,7 @@ def _train(job: _Job, accelerator: Accelerator, progress: Progress) -> TrainResu
     return result
 
 
-class _Session:
-    """What happens between steps: validation, keeping the weights, saving the state."""
-
-    def __init__(
-        self, job: _Job, accelerator: Accelerator, metrics: Metrics, progress: Progress
-    ) -> None:
-        self.job, self.accelerator, self.metrics = job, accelerator, metrics
-        self.progress = progress
-        self.checkpoint = job.run / FILE_NAME
-        self.split = job.dataset.split("val") if "val" in job.dataset.splits else None
-        if self.split is None:
-            progress.say(f"{job.dataset.path} has no val split: the last weights will be kept")
-
-    def validate(self) -> None:
-        """Recall on validation by the first process, the others wait; keeps the better weights."""
-        if self.accelerator.is_main_process:
-            best = self.job.train.select == "best"
-            row = self._measure(self.job.model, top_k=0)
-            if row is None or not best or row["dual"]["rsum"] > self.job.position.best:
-                self._keep(self.job.model, 0.0)
-            if row is not None:
-                self.job.position.best = max(self.job.position.best, row["dual"]["rsum"])
-        self.accelerator.wait_for_everyone()
-
-    def finish(self) -> float:
-        """Validate once more, choose the re-ranking weight, write the final checkpoint."""
-        self.validate()
-        weight = 0.0
-        top_k = self.job.train.rerank_top_k
-        if self.accelerator.is_main_process:
-            if self.split is not None and top_k and "itm" in self.metrics.history:
-                kept = load_model(self.checkpoint, device=self.accelerator.device)
-                row = self._measure(kept.vlm, top_k)
-                assert row is not None
-                weight = row["rerank_weight"]
-                self._keep(kept.vlm, weight)
-            shutil.rmtree(self.job.run / "state", ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        return float(broadcast_object_list([weight])[0])
-
-    def save_state(self) -> None:
-        """Write what resuming needs."""
-        job = self.job
-        description = {
-            "kind": job.kind,
-            "config": configs.to_dict(job.config),
-            "model": configs.to_dict(job.model.config),
-            "split_hash": job.dataset.split("train").hash,
-            "position": asdict(job.position),
-        }
-        save_run_state(self.accelerator, job.run / "state", job.tokenizer, description)
-
-    def _measure(self, model: VLM, top_k: int) -> dict[str, Any] | None:
-        if self.split is None:
-            return None
-        result = evaluate_split(
-            model,
-            self.job.tokenizer,
-            self.split,
-            device=self.accelerator.device,
-            precision=self.accelerator.mixed_precision,
-            top_k=top_k,
-            images=self.job.train.validation_images,
-            progress=self.progress,
-        )
-        position = self.job.position
-        row = {"step": position.step, "seconds": round(position.seconds, 1)}
-        row |= {"pairs": position.pairs, **result.to_dict()}
-        position.validation.append(row)
-        self.metrics.write({"kind": "validation", **row})
-        dual = result.dual
-        self.progress.say(
-            f"validation at step {position.step}: R@1 {dual.image_retrieval.r1:.1f} text to image, "
-            f"{dual.text_retrieval.r1:.1f} image to text, RSUM {dual.rsum:.1f}"
-        )
-        return row
-
-    def _keep(self, model: VLM, rerank_weight: float) -> None:
-        job = self.job
-        save_model(
-            self.checkpoint,
-            model,
-            job.tokenizer,
-            config=configs.to_dict(job.config),
-            data=job.origin,
-            objective=job.train.objective,
-            rerank_weight=rerank_weight,
-        )
-
-
-def _join() -> None:
-    """Join the other processes of the launch, on the CPU if asked to or if there is nothing else.
-
-    Before anything else asks accelerate for its state: whoever asks first settles the device, and
-    without a word about the CPU each process would train alone.
-
-    Raises:
-        UserError: fewer processes came together than were launched.
-    """
-    launched = int(os.environ.get("WORLD_SIZE") or 1)
-    nothing_else = launched > 1 and not torch.cuda.is_available()
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or nothing_else)
-    if state.num_processes != launched:
-        raise UserError(
-            f"{launched} processes were launched and {state.num_processes} came together; on CPUs "
-            "use ACCELERATE_USE_CPU=true torchrun --nproc_per_node N -m vicvlm_cli …"
-        )
-
-
-def _accelerator(config: TrainConfig, track: str, run: Path) -> Accelerator:
-    precision = config.precision
-    if precision == "auto":
-        precision = "bf16" if supports_bf16(PartialState().device) else "no"
-    if track != "none" and importlib.util.find_spec(track) is None:
-        raise UsageError(f"--track {track} needs its package: pip install 'vicvlm[track]'")
-    accelerator = Accelerator(
-        cpu=PartialState().device.type == "cpu",
-        mixed_precision=precision,
-        gradient_accumulation_steps=config.accumulate,
-        log_with=None if track == "none" else track,
-        project_dir=str(run),
-        # Losses come and go with their schedule, and their heads with them.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-    )
-    if track != "none":
-        accelerator.init_trackers("vicvlm")
-    return accelerator
-
-
-def _run_folder(kind: str, dataset: PreparedDataset, output: Path | None) -> Path:
-    """The folder of a new run, the same on every process.
-
-    Raises:
-        UserError: ``output`` holds a run already.
-    """
-    if output is None:
-        stem = f"{kind}-{dataset.manifest.source}"
-        names = [stem, *(f"{stem}-{i}" for i in range(2, 10_000))]
-        free = next(n for n in names if not (Path("runs") / n).exists())
-        return Path(broadcast_object_list([str(Path("runs") / free)])[0])
-    taken = [f for f in (FILE_NAME, "metrics.jsonl", "state") if (output / f).exists()]
-    if broadcast_object_list([bool(taken)])[0]:
-        raise UserError(
-            f"{output} already holds a run: choose another --output, or go on with "
-            f"--resume {output}"
-        )
-    return output
-
-
-def _with_workers(data: DataConfig, accelerator: Accelerator) -> DataConfig:
-    if data.workers >= 0:
-        return data
-    cores = (os.cpu_count() or 1) // accelerator.num_processes
-    # On the CPU the training itself wants every core: a loader process only takes turns with it.
-    workers = 0 if accelerator.device.type == "cpu" else min(8, cores - 1)
-    return dataclasses.replace(data, workers=max(workers, 0))
-
-
-def _say_what(job: _Job, accelerator: Accelerator, plan: Plan, progress: Progress) -> None:
+def _say_what(job: Job, accelerator: Accelerator, plan: Plan, progress: Progress) -> None:
     environ = os.environ
     asked = "ACCELERATE_MIXED_PRECISION" in environ and "MASTER_ADDR" in environ
     if asked and "WORLD_SIZE" not in environ and accelerator.num_processes == 1:

@@ -42,7 +42,7 @@ def describe(scene: Scene, rng: random.Random) -> tuple[str, ...]:
     captions = [
         _say_places(scene, rng),
         _say_relation(scene, rng),
-        _say_relation(scene, rng, with_background=True),
+        _say_relation(scene, rng, ground=1.0),
         _say_ground(scene, rng),
         _say_vaguely(scene, rng),
     ]
@@ -85,6 +85,11 @@ def _relation(a: Thing, b: Thing, rng: random.Random) -> str:
     return rng.choice(words)
 
 
+def _ground(scene: Scene, rng: random.Random, chance: float = 0.5) -> str:
+    """', on sand', or nothing; said with probability `chance`."""
+    return f", {rng.choice(BACKGROUNDS[scene.background])}" if rng.random() < chance else ""
+
+
 def _join(parts: list[str]) -> str:
     return f"{', '.join(parts[:-1])} and {parts[-1]}"
 
@@ -95,16 +100,14 @@ def _shuffled(scene: Scene, rng: random.Random) -> list[Thing]:
 
 def _say_places(scene: Scene, rng: random.Random) -> str:
     parts = [f"{_name(thing, rng)} {_place(thing.cell, rng)}" for thing in _shuffled(scene, rng)]
-    return rng.choice(("", "there is ", "you can see ")) + _join(parts)
+    return rng.choice(("", "there is ", "you can see ")) + _join(parts) + _ground(scene, rng)
 
 
-def _say_relation(scene: Scene, rng: random.Random, with_background: bool = False) -> str:
+def _say_relation(scene: Scene, rng: random.Random, ground: float = 0.5) -> str:
     a, b, *others = _shuffled(scene, rng)
     said = f"{_name(a, rng)} {_relation(a, b, rng)} {_name(b, rng)}"
     said += "".join(f", with {_name(other, rng)} {_place(other.cell, rng)}" for other in others)
-    if with_background:
-        return f"{said}, {rng.choice(BACKGROUNDS[scene.background])}"
-    return rng.choice(("", "a picture of ", "here is ")) + said
+    return rng.choice(("", "a picture of ", "here is ")) + said + _ground(scene, rng, ground)
 
 
 def _say_ground(scene: Scene, rng: random.Random) -> str:
@@ -125,4 +128,4 @@ def _say_vaguely(scene: Scene, rng: random.Random) -> str:
         name = _name(vague, rng, size=0.7, colour=False)
     parts = [f"{name} {_place(vague.cell, rng)}"]
     parts += [f"{_name(thing, rng)} {_place(thing.cell, rng)}" for thing in others]
-    return _join(parts)
+    return _join(parts) + _ground(scene, rng)

@@ -1,0 +1,96 @@
+"""Before a training: the processes that train together, their precision, and the run's folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    broadcast_object_list,
+    parse_flag_from_env,
+)
+
+from vicvlm_cli.checkpoint import FILE_NAME
+from vicvlm_cli.config import DataConfig, TrainConfig
+from vicvlm_cli.data.prepared import PreparedDataset
+from vicvlm_cli.device import supports_bf16
+from vicvlm_cli.errors import UsageError, UserError
+
+
+def join() -> None:
+    """Join the other processes of the launch, on the CPU if asked to or if there is nothing else.
+
+    Before anything else asks accelerate for its state: whoever asks first settles the device, and
+    without a word about the CPU each process would train alone.
+
+    Raises:
+        UserError: fewer processes came together than were launched.
+    """
+    launched = int(os.environ.get("WORLD_SIZE") or 1)
+    nothing_else = launched > 1 and not torch.cuda.is_available()
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or nothing_else)
+    if state.num_processes != launched:
+        raise UserError(
+            f"{launched} processes were launched and {state.num_processes} came together; on CPUs "
+            "use ACCELERATE_USE_CPU=true torchrun --nproc_per_node N -m vicvlm_cli …"
+        )
+
+
+def make_accelerator(config: TrainConfig, track: str, run: Path) -> Accelerator:
+    """The precision, accumulation and tracker that ``config`` and ``track`` ask for.
+
+    Raises:
+        UsageError: the tracker's package is not installed.
+    """
+    precision = config.precision
+    if precision == "auto":
+        precision = "bf16" if supports_bf16(PartialState().device) else "no"
+    if track != "none" and importlib.util.find_spec(track) is None:
+        raise UsageError(f"--track {track} needs its package: pip install 'vicvlm[track]'")
+    accelerator = Accelerator(
+        cpu=PartialState().device.type == "cpu",
+        mixed_precision=precision,
+        gradient_accumulation_steps=config.accumulate,
+        log_with=None if track == "none" else track,
+        project_dir=str(run),
+        # Losses come and go with their schedule, and their heads with them.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+    if track != "none":
+        accelerator.init_trackers("vicvlm")
+    return accelerator
+
+
+def run_folder(kind: str, dataset: PreparedDataset, output: Path | None) -> Path:
+    """The folder of a new run, the same on every process.
+
+    Raises:
+        UserError: ``output`` holds a run already.
+    """
+    if output is None:
+        stem = f"{kind}-{dataset.manifest.source}"
+        names = [stem, *(f"{stem}-{i}" for i in range(2, 10_000))]
+        free = next(n for n in names if not (Path("runs") / n).exists())
+        return Path(broadcast_object_list([str(Path("runs") / free)])[0])
+    taken = [f for f in (FILE_NAME, "metrics.jsonl", "state") if (output / f).exists()]
+    if broadcast_object_list([bool(taken)])[0]:
+        raise UserError(
+            f"{output} already holds a run: choose another --output, or go on with "
+            f"--resume {output}"
+        )
+    return output
+
+
+def with_workers(data: DataConfig, accelerator: Accelerator) -> DataConfig:
+    """``data`` with a number of loader processes that suits the machine, where it names none."""
+    if data.workers >= 0:
+        return data
+    cores = (os.cpu_count() or 1) // accelerator.num_processes
+    # On the CPU the training itself wants every core: a loader process only takes turns with it.
+    workers = 0 if accelerator.device.type == "cpu" else min(8, cores - 1)
+    return dataclasses.replace(data, workers=max(workers, 0))

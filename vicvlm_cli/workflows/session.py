@@ -1,0 +1,141 @@
+"""What happens around a training's steps: validation, keeping the weights, saving the state."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from vicvlm_cli import config as configs
+from vicvlm_cli.checkpoint import FILE_NAME, load_model, save_model
+from vicvlm_cli.config import Config, TrainConfig
+from vicvlm_cli.data.prepared import PreparedDataset
+from vicvlm_cli.data.tokenizer import Tokenizer
+from vicvlm_cli.evaluation.evaluate import evaluate_split
+from vicvlm_cli.model.vlm import VLM
+from vicvlm_cli.report.progress import Progress
+from vicvlm_cli.workflows.loop import Position, save_run_state
+from vicvlm_cli.workflows.metrics import Metrics
+
+
+@dataclass
+class Job:
+    """One training, ready to run."""
+
+    kind: str  # "pretrain" or "finetune"
+    config: Config
+    model: VLM
+    tokenizer: Tokenizer
+    dataset: PreparedDataset
+    run: Path
+    position: Position
+    state: Path | None = None
+
+    @property
+    def train(self) -> TrainConfig:
+        return self.config.pretrain if self.kind == "pretrain" else self.config.finetune
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        split, manifest = self.dataset.split("train"), self.dataset.manifest
+        return {
+            "source": manifest.source,
+            "split_name": manifest.split_name,
+            "split": "train",
+            "split_hash": split.hash,
+            "partial": manifest.partial,
+        }
+
+
+class Session:
+    """What happens between steps: validation, keeping the weights, saving the state."""
+
+    def __init__(
+        self, job: Job, accelerator: Accelerator, metrics: Metrics, progress: Progress
+    ) -> None:
+        self.job, self.accelerator, self.metrics = job, accelerator, metrics
+        self.progress = progress
+        self.checkpoint = job.run / FILE_NAME
+        self.split = job.dataset.split("val") if "val" in job.dataset.splits else None
+        if self.split is None:
+            progress.say(f"{job.dataset.path} has no val split: the last weights will be kept")
+
+    def validate(self) -> None:
+        """Recall on validation by the first process, the others wait; keeps the better weights."""
+        if self.accelerator.is_main_process:
+            best = self.job.train.select == "best"
+            row = self._measure(self.job.model, top_k=0)
+            if row is None or not best or row["dual"]["rsum"] > self.job.position.best:
+                self._keep(self.job.model, 0.0)
+            if row is not None:
+                self.job.position.best = max(self.job.position.best, row["dual"]["rsum"])
+        self.accelerator.wait_for_everyone()
+
+    def finish(self) -> float:
+        """Validate once more, choose the re-ranking weight, write the final checkpoint."""
+        self.validate()
+        weight = 0.0
+        top_k = self.job.train.rerank_top_k
+        if self.accelerator.is_main_process:
+            if self.split is not None and top_k and "itm" in self.metrics.history:
+                kept = load_model(self.checkpoint, device=self.accelerator.device)
+                row = self._measure(kept.vlm, top_k)
+                assert row is not None
+                weight = row["rerank_weight"]
+                self._keep(kept.vlm, weight)
+            shutil.rmtree(self.job.run / "state", ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        return float(broadcast_object_list([weight])[0])
+
+    def save_state(self) -> None:
+        """Write what resuming needs."""
+        job = self.job
+        description = {
+            "kind": job.kind,
+            "config": configs.to_dict(job.config),
+            "model": configs.to_dict(job.model.config),
+            "split_hash": job.dataset.split("train").hash,
+            "position": asdict(job.position),
+        }
+        save_run_state(self.accelerator, job.run / "state", job.tokenizer, description)
+
+    def _measure(self, model: VLM, top_k: int) -> dict[str, Any] | None:
+        if self.split is None:
+            return None
+        result = evaluate_split(
+            model,
+            self.job.tokenizer,
+            self.split,
+            device=self.accelerator.device,
+            precision=self.accelerator.mixed_precision,
+            top_k=top_k,
+            images=self.job.train.validation_images,
+            progress=self.progress,
+        )
+        position = self.job.position
+        row = {"step": position.step, "seconds": round(position.seconds, 1)}
+        row |= {"pairs": position.pairs, **result.to_dict()}
+        position.validation.append(row)
+        self.metrics.write({"kind": "validation", **row})
+        dual = result.dual
+        self.progress.say(
+            f"validation at step {position.step}: R@1 {dual.image_retrieval.r1:.1f} text to image, "
+            f"{dual.text_retrieval.r1:.1f} image to text, RSUM {dual.rsum:.1f}"
+        )
+        return row
+
+    def _keep(self, model: VLM, rerank_weight: float) -> None:
+        job = self.job
+        save_model(
+            self.checkpoint,
+            model,
+            job.tokenizer,
+            config=configs.to_dict(job.config),
+            data=job.origin,
+            objective=job.train.objective,
+            rerank_weight=rerank_weight,
+        )
