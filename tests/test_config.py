@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import make_tokenizer
@@ -184,7 +185,9 @@ def test_every_preset_makes_a_model_and_both_objectives(name: str) -> None:
     )
     tokenizer = make_tokenizer()
     for train in (config.pretrain, config.finetune):
-        objective = create_objective(create_model(small, tokenizer.vocab_size), tokenizer, train)
+        objective: Any = create_objective(
+            create_model(small, tokenizer.vocab_size), tokenizer, train
+        )
         assert set(train.losses) <= set(objective.LOSSES)
         assert train.losses["itc"].at(0.0) > 0
         assert 0 < train.warmup < 1

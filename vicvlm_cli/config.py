@@ -140,7 +140,7 @@ CHOICES = {
 }
 POSITIVE = (
     *("image_size", "text_width", "text_heads", "vocab_size", "max_tokens", "projection_dim"),
-    *("temperature", "crop_scale", "batch_size", "accumulate", "epochs", "lr"),
+    *("temperature", "crop_scale", "batch_size", "accumulate", "epochs", "lr", "grad_clip"),
     *("itm_negatives", "masked_stride", "predictor_width", "every"),
 )
 NOT_NEGATIVE = (

@@ -82,7 +82,7 @@ def show(result: Any, as_json: bool, tables: Callable[[Any], Iterable[Any]]) -> 
     if RANK > 0:
         return
     if as_json:
-        typer.echo(json.dumps(result.to_dict(), indent=2, ensure_ascii=False))
+        typer.echo(json.dumps(result.to_dict(), indent=2))
         return
     from rich.console import Console
 

@@ -46,8 +46,9 @@ def rows(plan: Plan, epoch: int, start: int = 0) -> list[list[tuple[int, int]]]:
     return [[(int(i), int(c)) for i, c in batch] for batch in plan.epoch(epoch, start)]
 
 
-def make_rows(split: Any = None, size: int = 8, cache_bytes: int = 0) -> Rows:
-    return Rows(split or FakeSplit(), make_tokenizer(), size, 24, cache_bytes)
+def make_rows(split: Any = None, size: int = 8, cache_bytes: int = 0, shared: bool = False) -> Rows:
+    split = FakeSplit() if split is None else split
+    return Rows(split, make_tokenizer(), size, 24, cache_bytes, shared)
 
 
 @pytest.mark.parametrize("mode", ["all", "one"])
@@ -90,7 +91,7 @@ def test_one_caption_of_every_picture() -> None:
 def test_processes_share_the_global_batch(mode: str, processes: int) -> None:
     one = rows(plan(mode, 2 * processes), 5)
     parts = [rows(plan(mode, 2, rank=rank, world_size=processes), 5) for rank in range(processes)]
-    joint = [sum(step, []) for step in zip(*parts, strict=True)]
+    joint = [[row for part in step for row in part] for step in zip(*parts, strict=True)]
     assert joint == one
 
 
@@ -105,7 +106,7 @@ def test_going_on_in_the_middle_is_the_rest_of_the_epoch(mode: str) -> None:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_batches_hold_what_the_plan_says(workers: int, cache_bytes: int) -> None:
     split, tokenizer = FakeSplit(), make_tokenizer()
-    source = make_rows(split, cache_bytes=cache_bytes)
+    source = make_rows(split, cache_bytes=cache_bytes, shared=workers > 0)
     schedule = plan(batch_size=4)
     for epoch in (0, 1):  # the second comes from the cache, if there is one
         made = list(batches(source, schedule, epoch, workers=workers))
@@ -138,6 +139,15 @@ def test_pictures_that_fit_in_memory_are_decoded_once() -> None:
     source = make_rows(larger, size=8, cache_bytes=8 * 3 * 8 * 8 - 1)
     list(batches(source, plan(batch_size=1), 0))
     assert larger.decoded == Counter(dict(enumerate(COUNTS)))
+
+
+def test_what_a_loader_process_decodes_is_found_by_the_next() -> None:
+    source = make_rows(cache_bytes=10**6, shared=True)
+    assert source.decoded is not None and source.decoded.is_shared()
+    list(batches(source, plan(batch_size=1), 0, workers=1))
+    assert bool(source.is_decoded.all())
+    alone = make_rows(cache_bytes=10**6)
+    assert alone.decoded is not None and not alone.decoded.is_shared()
 
 
 def test_changing_a_batch_does_not_change_the_cache() -> None:

@@ -124,8 +124,7 @@ def test_every_pair_is_scored_as_the_model_scores_it_alone(tiny_model, tiny_data
     image_index, text_index = torch.arange(12), torch.arange(12) * 5 % 59
     logits = match_pairs(
         tiny_model.vlm,
-        features.image_tokens,
-        features.text_tokens,
+        features,
         image_index,
         text_index,
         precision="no",
@@ -138,12 +137,19 @@ def test_every_pair_is_scored_as_the_model_scores_it_alone(tiny_model, tiny_data
         assert (cosine + 0.5 * logit).item() == pytest.approx(alone.item(), abs=1e-4)
 
 
+def test_features_without_tokens_cannot_be_reranked(tiny_model, tiny_data):
+    split = PreparedDataset.open(tiny_data).split("val")
+    features = encoded(tiny_model, split, keep_tokens=False)
+    with pytest.raises(ValueError, match="with tokens"):
+        rerank(tiny_model.vlm, features, progress=QUIET)
+
+
 def test_rerank_scores_each_wanted_pair_once(tiny_model, tiny_data, monkeypatch):
     split = PreparedDataset.open(tiny_data).split("test")
     features = encoded(tiny_model, split)
     scored = []
 
-    def numbered(vlm, images, texts, image_index, text_index, **_):
+    def numbered(vlm, features, image_index, text_index, **_):
         scored.extend(zip(image_index.tolist(), text_index.tolist(), strict=True))
         return image_index * 1000.0 + text_index
 

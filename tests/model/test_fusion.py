@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import BertConfig
 
 from vicvlm_cli.model import text_encoder
@@ -22,7 +24,7 @@ def attention(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     return kind
 
 
-def make(name: str, layers: int = 2) -> nn.Module:
+def make(name: str, layers: int = 2) -> Any:
     torch.manual_seed(0)
     fusion = FUSIONS[name](CONFIG, layers, IMAGE_WIDTH, 1 + PATCHES)
     with torch.no_grad():
@@ -137,7 +139,7 @@ def test_words_keep_their_positions_whatever_the_number_of_patches() -> None:
     few: Fused = still(image[:, :3], None, text, mask)
     torch.testing.assert_close(few.text, still(image, None, text, mask).text)
     swapped: Fused = still(image, None, text.flip(1), mask)
-    assert float((swapped.text.flip(1) - few.text).abs().max()) > 1e-2  # and order matters
+    assert bool(((swapped.text.flip(1) - few.text).abs() > 1e-2).any())  # and order matters
 
 
 def test_more_patches_than_bert_has_positions() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ def randomize(module: nn.Module, seed: int = 0) -> None:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
 
 
-def bert_folder(folder: Path, layers: int = 5, **sizes: int | str | float) -> BertModel:
+def bert_folder(folder: Path, layers: int = 5, **sizes: Any) -> BertModel:
     """A local BERT of random weights; returns the model it holds."""
     config = BertConfig(num_hidden_layers=layers, **{**SIZES, **sizes})
     bert = BertModel(config, add_pooling_layer=False)
@@ -110,7 +111,8 @@ def test_a_model_from_a_bert_runs_that_berts_layers(fusion: str, tmp_path: Path)
     torch.testing.assert_close(
         model.encode_text(ids, mask).tokens[mask], states[3][mask], rtol=1e-4, atol=1e-5
     )
-    layers = model.fusion.bert.encoder.layer
+    cut: Any = model.fusion.bert
+    layers = cut.encoder.layer
     assert len(layers) == 2
     for mine, theirs in zip(layers, own.encoder.layer[3:], strict=True):
         expected = theirs.state_dict()
@@ -120,7 +122,7 @@ def test_a_model_from_a_bert_runs_that_berts_layers(fusion: str, tmp_path: Path)
         assert bool(new) == (fusion == "cross_attention")
         assert all(key.startswith("crossattention") for key in new)
     norm = "embeddings.LayerNorm.weight"
-    assert torch.equal(model.fusion.bert.state_dict()[norm], own.state_dict()[norm])
+    assert torch.equal(cut.state_dict()[norm], own.state_dict()[norm])
 
 
 def test_the_resolved_configuration_names_no_file(tmp_path: Path) -> None:
@@ -165,7 +167,7 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     "sizes", [{"intermediate_size": 64}, {"hidden_act": "relu"}, {"layer_norm_eps": 1e-5}]
 )
 def test_a_bert_that_a_checkpoint_could_not_rebuild_is_refused(
-    sizes: dict[str, int | str | float], tmp_path: Path
+    sizes: dict[str, Any], tmp_path: Path
 ) -> None:
     bert_folder(tmp_path, **sizes)
     with pytest.raises(UserError, match="is not a plain BERT"):

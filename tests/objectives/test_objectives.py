@@ -223,6 +223,8 @@ def refusal(**settings: Any) -> str:
         ({"options": {"target": "dino"}}, "--target is 'dino', not byol or pixel"),
         ({"options": {"image_mask": 1.0}}, "options.image_mask must be between 0 and 1"),
         ({"options": {"text_mask": 0.0}}, "options.text_mask must be between 0 and 1"),
+        ({"options": {"ema_decay": 1.5}}, "options.ema_decay must be from 0 to 1"),
+        ({"options": {"predictor_width": 100}}, "options.predictor_width must be a multiple of 32"),
         ({"options": {"mask_block": 3}}, "options.mask_block=3 does not tile"),
         ({"options": {"masked_stride": 0}}, "options.masked_stride is 0, and must be above 0"),
         ({"options": {"itm_negatives": 0}}, "options.itm_negatives is 0, and must be above 0"),

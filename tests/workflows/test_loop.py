@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -69,7 +69,7 @@ def test_groups_hold_every_parameter_once(fusion: str, image_lr: float) -> None:
     assert {id(p) for p in trainable.values()} == set(placed)
     for name, parameter in trainable.items():
         group = placed[id(parameter)]
-        matrix = kinds[id(parameter)] is nn.Linear and name.endswith(".weight")
+        matrix = kinds[id(parameter)] in (nn.Linear, nn.Conv2d) and name.endswith(".weight")
         if name.startswith("model.image_encoder.vit.patch_embed."):
             assert group["weight_decay"] == 0, name
         else:  # the matrices decay; biases, norms, embeddings, tokens and temperature do not
@@ -126,21 +126,23 @@ def test_a_save_that_dies_leaves_the_one_before(
 ) -> None:
     accelerator.prepare(nn.Linear(2, 2))
     save_run_state(accelerator, tmp_path / "state", make_tokenizer(), {"step": 1})
+    moves: list[Path] = []
+    real = os.replace
+
+    def die(folder: Path) -> None:
+        Path(folder).mkdir()
+        raise ZeroDivisionError
+
+    def replace(a: Path, b: Path) -> None:
+        if moves:
+            raise ZeroDivisionError
+        moves.append(a)
+        real(a, b)
+
     if dies == "in the middle":
-        monkeypatch.setattr(accelerator, "save_state", lambda folder: Path(folder).mkdir() or 1 / 0)
+        monkeypatch.setattr(accelerator, "save_state", die)
     else:
-        import vicvlm_cli.workflows.loop as loop
-
-        real = loop.os.replace
-        moves: list[Any] = []
-
-        def replace(a: Path, b: Path) -> None:
-            if len(moves) == 1:
-                raise ZeroDivisionError
-            moves.append((a, b))
-            real(a, b)
-
-        monkeypatch.setattr(loop.os, "replace", replace)
+        monkeypatch.setattr(os, "replace", replace)
     with pytest.raises(ZeroDivisionError):
         save_run_state(accelerator, tmp_path / "state", make_tokenizer(), {"step": 2})
     monkeypatch.undo()

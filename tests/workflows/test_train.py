@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -21,10 +22,13 @@ from torch import Tensor
 from vicvlm_cli.checkpoint import load_model
 from vicvlm_cli.data.prepared import PreparedDataset
 from vicvlm_cli.errors import UsageError, UserError
+from vicvlm_cli.evaluation.evaluate import evaluate_split
 from vicvlm_cli.objectives import losses
 from vicvlm_cli.objectives.vicvlm import VicVLM
 from vicvlm_cli.report.progress import Progress
-from vicvlm_cli.workflows import launch, loop, session
+from vicvlm_cli.workflows import loop, session
+from vicvlm_cli.workflows.launch import join
+from vicvlm_cli.workflows.metrics import Metrics
 from vicvlm_cli.workflows.prepare import prepare
 from vicvlm_cli.workflows.train import TrainResult, finetune, pretrain
 
@@ -143,16 +147,16 @@ def test_the_same_seed_gives_the_same_model_and_another_another(
 
 def interrupt_at(step: int, patch: pytest.MonkeyPatch, stop: Callable[[], None]) -> None:
     """Call ``stop`` in the midst of a step."""
-    add = loop.Metrics.add
+    add = Metrics.add
     stopped: list[int] = []
 
-    def stopping(self: loop.Metrics, number: int, *values: Any) -> None:
+    def stopping(self: Metrics, number: int, *values: Any) -> None:
         add(self, number, *values)
         if number == step and not stopped:
             stopped.append(step)
             stop()
 
-    patch.setattr(loop.Metrics, "add", stopping)
+    patch.setattr(Metrics, "add", stopping)
 
 
 def ctrl_c() -> None:
@@ -236,7 +240,7 @@ def test_what_cannot_be_resumed(pretrained: TrainResult, scenes: Path, tmp_path:
 def scripted(rsums: list[float], patch: pytest.MonkeyPatch) -> list[dict[str, Tensor]]:
     """Validations that find these figures, and the weights that each of them saw."""
     seen: list[dict[str, Tensor]] = []
-    real = session.evaluate_split
+    real = evaluate_split
 
     def evaluate(model: Any, *arguments: Any, top_k: int, **options: Any) -> Any:
         if top_k:
@@ -392,14 +396,14 @@ def test_a_loss_every_third_step_is_logged_and_weighed_as_such(
     scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps: list[int] = []
-    real = loop.Metrics.add
+    real = Metrics.add
 
-    def add(self: loop.Metrics, step: int, values: Any, trivial: Any) -> None:
+    def add(self: Metrics, step: int, values: Any, trivial: Any) -> None:
         if "itm" in values:
             steps.append(step)
         real(self, step, values, trivial)
 
-    monkeypatch.setattr(loop.Metrics, "add", add)
+    monkeypatch.setattr(Metrics, "add", add)
     result = run(scenes, tmp_path / "run", "pretrain.losses.itm.every=3")
     assert steps == [1, 4, 7, 10]
     assert [line["weights"]["itm"] for line in rows(result.run)] == [0.5, 0.5]
@@ -461,6 +465,7 @@ def test_without_validation_data_the_last_weights_are_kept(
         (["pretrain.objective=clip"], "there is no objective 'clip'"),
         (["pretrain.options.mask_block=3"], "mask_block=3 does not tile the grid of 4x4"),
         (["model.image_size=36"], "image_size=36 is not a multiple of .* patch of 8"),
+        (["pretrain.precision=fp16"], "--precision fp16 does not work here"),
         (["pretrain.rate=1"], "'pretrain.rate' is not a setting"),
     ],
 )
@@ -475,9 +480,18 @@ def test_what_cannot_be_trained_is_one_sentence(
 def test_a_tracker_that_is_not_installed_is_named(
     scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match="--track wandb needs its package"):
         run(scenes, tmp_path / "run", track="wandb")
+
+
+def test_a_launch_that_got_fewer_processes_than_asked_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    join()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="2 processes were launched and 1 came together"):
+        join()
 
 
 def test_data_that_is_not_prepared_is_refused(tmp_path: Path) -> None:

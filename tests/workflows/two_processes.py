@@ -16,6 +16,7 @@ import torch.distributed as dist
 from tiny import make_batch, make_model, make_tokenizer
 from tiny_training import TINY
 from torch import Tensor
+from torch.multiprocessing.spawn import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
 from vicvlm_cli.config import LossConfig, TrainConfig
@@ -110,13 +111,12 @@ def primitives(rank: int) -> dict[str, Tensor]:
 def training(data: Path, out: Path, settings: list[str]) -> dict[str, Tensor]:
     """A whole pretraining; the state of this process's objective at its end."""
     made: list[torch.nn.Module] = []
-    real = train.create_objective
 
     def create(*arguments: Any) -> torch.nn.Module:
-        made.append(real(*arguments))
+        made.append(create_objective(*arguments))
         return made[0]
 
-    train.create_objective = create
+    setattr(train, "create_objective", create)  # noqa: B010
     result = train.pretrain(
         data, overrides=[*TINY, *settings], output=out, progress=Progress(quiet=True)
     )
@@ -140,4 +140,4 @@ def work(rank: int, data: Path, out: Path) -> None:
 if __name__ == "__main__":
     os.environ["ACCELERATE_USE_CPU"] = "true"
     arguments = (Path(sys.argv[1]), Path(sys.argv[2]))
-    torch.multiprocessing.start_processes(work, args=arguments, nprocs=2, start_method="fork")
+    start_processes(work, args=arguments, nprocs=2, start_method="fork")

@@ -86,20 +86,28 @@ class Rows(Dataset[Batch]):
     Args:
         size: side in pixels of the loaded pictures, see :func:`load_size`.
         max_tokens: longest caption, in tokens.
+        shared: keep them where what one loader process decodes the next epoch's finds. Containers
+            have little of such memory, so not without loader processes.
     """
 
     def __init__(
-        self, split: Split, tokenizer: Tokenizer, size: int, max_tokens: int, cache_bytes: int = 0
+        self,
+        split: Split,
+        tokenizer: Tokenizer,
+        size: int,
+        max_tokens: int,
+        cache_bytes: int = 0,
+        shared: bool = False,
     ) -> None:
         self.split, self.tokenizer = split, tokenizer
         self.size, self.max_tokens = size, max_tokens
         self.decoded: Tensor | None = None
         if len(split) * 3 * size * size <= cache_bytes:
-            # Shared, so that what one loader process decodes the next epoch's finds.
             self.decoded = torch.empty(len(split), 3, size, size, dtype=torch.uint8)
             self.is_decoded = torch.zeros(len(split), dtype=torch.bool)
-            self.decoded.share_memory_()
-            self.is_decoded.share_memory_()
+            if shared:
+                self.decoded.share_memory_()
+                self.is_decoded.share_memory_()
 
     def image(self, i: int) -> Tensor:
         """The picture as uint8 [3, size, size]."""

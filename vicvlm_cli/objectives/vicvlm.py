@@ -71,6 +71,10 @@ class VicVLM(nn.Module):
         for name in ("image_mask", "text_mask"):
             if not 0 < getattr(config, name) < 1:
                 raise UsageError(f"options.{name} must be between 0 and 1")
+        if not 0 <= config.ema_decay <= 1:
+            raise UsageError("options.ema_decay must be from 0 to 1")
+        if config.predictor_width % 32:
+            raise UsageError("options.predictor_width must be a multiple of 32, the size of a head")
         encoder = model.image_encoder
         check_block(encoder.grid, config.mask_block)
         self.model, self.config = model, config

@@ -45,22 +45,27 @@ def make_accelerator(config: TrainConfig, track: str, run: Path) -> Accelerator:
     """The precision, accumulation and tracker that ``config`` and ``track`` ask for.
 
     Raises:
-        UsageError: the tracker's package is not installed.
+        UsageError: the device has no such precision, or the tracker's package is not installed.
     """
     precision = config.precision
     if precision == "auto":
         precision = "bf16" if supports_bf16(PartialState().device) else "no"
     if track != "none" and importlib.util.find_spec(track) is None:
         raise UsageError(f"--track {track} needs its package: pip install 'vicvlm[track]'")
-    accelerator = Accelerator(
-        cpu=PartialState().device.type == "cpu",
-        mixed_precision=precision,
-        gradient_accumulation_steps=config.accumulate,
-        log_with=None if track == "none" else track,
-        project_dir=str(run),
-        # Losses come and go with their schedule, and their heads with them.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-    )
+    try:
+        accelerator = Accelerator(
+            cpu=PartialState().device.type == "cpu",
+            mixed_precision=precision,
+            gradient_accumulation_steps=config.accumulate,
+            log_with=None if track == "none" else track,
+            project_dir=str(run),
+            # Losses come and go with their schedule, and their heads with them.
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        )
+    except ValueError as error:  # such as fp16 on a CPU
+        raise UsageError(
+            f"--precision {precision} does not work here ({error}): leave it out, or use no"
+        ) from error
     if track != "none":
         accelerator.init_trackers("vicvlm")
     return accelerator

@@ -127,7 +127,8 @@ def run_loop(
         return min(share, 1.0)
 
     size = load_size(model.config.image_size, data)
-    rows = Rows(split, tokenizer, size, model.config.max_tokens, data.cache_mb * 10**6)
+    cache, shared = data.cache_mb * 10**6, data.workers > 0
+    rows = Rows(split, tokenizer, size, model.config.max_tokens, cache, shared)
     pin = accelerator.device.type == "cuda"
     objective.train()
     stopping = _StopAtStep(enabled=accelerator.num_processes == 1)

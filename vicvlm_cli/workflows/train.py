@@ -37,7 +37,11 @@ from vicvlm_cli.workflows.loop import (
 from vicvlm_cli.workflows.metrics import LossRow, Metrics, summary_dicts
 from vicvlm_cli.workflows.session import Job, Session
 
-PRESET_OF_SOURCE = {"scenes": "vicvlm-tiny"}
+PRESET_OF_SOURCE = {
+    "scenes": "vicvlm-tiny",
+    "flickr8k": "vicvlm-tiny-photos",
+    "folder": "vicvlm-tiny-photos",
+}
 DEFAULT_PRESET = "vicvlm-small-flickr30k"
 
 
