@@ -55,7 +55,7 @@ def home(tmp_path_factory):
     settings = [word for setting in SMALL for word in ("--set", setting)]
     lines = [
         ["prepare", "scenes", folder, "--train", 48, "--val", 12, "--test", 24],
-        ["pretrain", "--target", "byol", "--epochs", 2, "--batch-size", 16, *settings],
+        ["pretrain", "--target", "byol", "--epochs", 4, "--batch-size", 16, *settings],
         ["finetune", "--epochs", 1, "--batch-size", 16],
         ["evaluate", "--top-k", 8],
         ["embed", "--split", "test"],

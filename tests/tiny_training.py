@@ -17,17 +17,23 @@ TINY = [
     "model.vocab_size=200",
     "model.projection_dim=16",
     "data.workers=0",
+    "data.captions=one",
+    "data.crop_scale=1.0",
     "pretrain.options.predictor_width=32",
     "pretrain.options.masked_stride=1",
     *(f"pretrain.losses.{name}.start=0" for name in LOSSES),
     *(f"pretrain.losses.{name}.ramp=0" for name in LOSSES),
     *(f"pretrain.losses.{name}.every=1" for name in LOSSES),
+    "pretrain.losses.itm.weight=0.5",
     "finetune.losses.itm.every=1",
     *(
         f"{kind}.{setting}"
         for kind in ("pretrain", "finetune")
         for setting in (
             "batch_size=16",
+            "lr=2e-3",
+            "warmup=0.1",
+            "final_lr=0.05",
             "epochs=2",
             "max_minutes=0",
             "precision=no",

@@ -10,7 +10,7 @@ import torch
 from tiny import CAPTIONS, make_tokenizer
 from tokenizers import Tokenizer as Backend
 from tokenizers import models
-from transformers import BertTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from vicvlm_cli.data.tokenizer import SPECIAL, Tokenizer
 from vicvlm_cli.errors import UserError
@@ -26,7 +26,12 @@ def vocab_folder(folder: Path) -> Path:
 
 def whole_folder(folder: Path) -> Path:
     """What `save_pretrained` of transformers leaves."""
-    BertTokenizerFast(vocab={t: i for i, t in enumerate(VOCAB)}).save_pretrained(folder)
+    backend = Tokenizer.load(str(vocab_folder(folder))).backend
+    names = zip(
+        ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL, strict=True
+    )
+    PreTrainedTokenizerFast(tokenizer_object=backend, **dict(names)).save_pretrained(folder)
+    (folder / "vocab.txt").unlink()
     return folder
 
 

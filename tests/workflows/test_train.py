@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 from tiny_training import LOSSES, TINY, rows
@@ -465,7 +466,6 @@ def test_without_validation_data_the_last_weights_are_kept(
         (["pretrain.objective=clip"], "there is no objective 'clip'"),
         (["pretrain.options.mask_block=3"], "mask_block=3 does not tile the grid of 4x4"),
         (["model.image_size=36"], "image_size=36 is not a multiple of .* patch of 8"),
-        (["pretrain.precision=fp16"], "--precision fp16 does not work here"),
         (["pretrain.rate=1"], "'pretrain.rate' is not a setting"),
     ],
 )
@@ -475,6 +475,12 @@ def test_what_cannot_be_trained_is_one_sentence(
     with pytest.raises(UserError, match=words):
         run(scenes, tmp_path / "run", *overrides)
     assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_a_precision_that_cannot_be_had_is_named(scenes: Path, tmp_path: Path) -> None:
+    Accelerator(cpu=True, mixed_precision="no")  # and it cannot be changed in this process
+    with pytest.raises(UsageError, match="--precision bf16 does not work here"):
+        run(scenes, tmp_path / "run", "pretrain.precision=bf16")
 
 
 def test_a_tracker_that_is_not_installed_is_named(

@@ -1,13 +1,13 @@
 """Fusion encoders: image tokens and text tokens into multimodal ones.
 
 Each is a module with ``forward(image, image_mask, text, text_mask) -> Fused`` and an entry in
-``FUSIONS``. Both run over transformers' BERT through its public ``inputs_embeds`` door, so that the
-last layers of a pretrained BERT can be loaded into them. Padding cannot change any output.
+``FUSIONS``. Both run over transformers' BERT, given embeddings in place of ids, so that the last
+layers of a pretrained BERT can be loaded into them. Padding cannot change any output.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,12 @@ def masked_mean(tokens: Tensor, mask: Tensor | None) -> Tensor:
         return tokens.mean(dim=1)
     weight = mask.unsqueeze(-1).to(tokens.dtype)
     return (tokens * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bool [B, N] (True = real) to what attention adds to its scores, [B, 1, 1, N]."""
+    zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    return zeros.masked_fill(~mask, torch.finfo(dtype).min)[:, None, None, :]
 
 
 def _bert(config: BertConfig, layers: int, positions: int, cross_attention: bool) -> nn.Module:
@@ -106,15 +112,15 @@ class CrossAttentionFusion(nn.Module):
         self, image: Tensor, image_mask: Tensor | None, text: Tensor, text_mask: Tensor
     ) -> Fused:
         """Image [B, N, D_i], text [B, L, D] and bool masks (True = real) to :class:`Fused`."""
-        # A decoder would mask the future; a ready-made 4-d additive mask says otherwise.
-        lowest = torch.finfo(text.dtype).min
-        mask = torch.zeros(text_mask.shape, dtype=text.dtype, device=text.device)
-        mask = mask.masked_fill(~text_mask, lowest)[:, None, None, :]  # [B, 1, 1, L]
-        out = self.bert(
-            inputs_embeds=text,
-            attention_mask=mask.expand(-1, 1, text.shape[1], -1),
+        # Part by part: the whole BertModel would mask the future, as in a decoder, and its releases
+        # do not agree on which ready-made masks they take instead.
+        bert: Any = self.bert
+        seen = None if image_mask is None else _additive(image_mask, text.dtype)
+        out = bert.encoder(
+            bert.embeddings(inputs_embeds=text),
+            attention_mask=_additive(text_mask, text.dtype),
             encoder_hidden_states=self.image_projection(image),
-            encoder_attention_mask=image_mask,
+            encoder_attention_mask=seen,
         ).last_hidden_state
         return Fused(pooled=masked_mean(out, text_mask), text=out, image=None)
 

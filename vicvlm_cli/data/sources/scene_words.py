@@ -85,7 +85,7 @@ def _relation(a: Thing, b: Thing, rng: random.Random) -> str:
     return rng.choice(words)
 
 
-def _ground(scene: Scene, rng: random.Random, chance: float = 0.5) -> str:
+def _ground(scene: Scene, rng: random.Random, chance: float = 0.9) -> str:
     """', on sand', or nothing; said with probability `chance`."""
     return f", {rng.choice(BACKGROUNDS[scene.background])}" if rng.random() < chance else ""
 
@@ -103,7 +103,7 @@ def _say_places(scene: Scene, rng: random.Random) -> str:
     return rng.choice(("", "there is ", "you can see ")) + _join(parts) + _ground(scene, rng)
 
 
-def _say_relation(scene: Scene, rng: random.Random, ground: float = 0.5) -> str:
+def _say_relation(scene: Scene, rng: random.Random, ground: float = 0.9) -> str:
     a, b, *others = _shuffled(scene, rng)
     said = f"{_name(a, rng)} {_relation(a, b, rng)} {_name(b, rng)}"
     said += "".join(f", with {_name(other, rng)} {_place(other.cell, rng)}" for other in others)
