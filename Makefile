@@ -18,11 +18,12 @@ help:  ## Say what there is
 
 install: $(STAMP)  ## Make the environment in .venv and install into it
 
-# uv, where there is one, needs half of pip's two minutes.
+# uv, where there is one, needs half of pip's two minutes. Compiled here as pip does it: else each
+# command would spend its first seconds on it, every time where Python may not write beside itself.
 $(STAMP): pyproject.toml
 ifdef UV
 	test -x $(VENV)/bin/python || uv venv --python $(PYTHON) $(VENV)
-	uv pip install --python $(VENV)/bin/python -e '.[dev]'
+	uv pip install --compile-bytecode --python $(VENV)/bin/python -e '.[dev]'
 else
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -e '.[dev]'

@@ -67,26 +67,23 @@ class Session:
     def validate(self) -> None:
         """Recall on validation by the first process, the others wait; keeps the better weights."""
         if self.accelerator.is_main_process:
-            best = self.job.train.select == "best"
-            row = self._measure(self.job.model, top_k=0)
-            if row is None or not best or row["dual"]["rsum"] > self.job.position.best:
-                self._keep(self.job.model, 0.0)
-            if row is not None:
-                self.job.position.best = max(self.job.position.best, row["dual"]["rsum"])
+            self._measure_and_keep(top_k=0)
         self.accelerator.wait_for_everyone()
 
     def finish(self) -> float:
         """Validate once more, choose the re-ranking weight, write the final checkpoint."""
-        self.validate()
         weight = 0.0
-        top_k = self.job.train.rerank_top_k
         if self.accelerator.is_main_process:
-            if self.split is not None and top_k and "itm" in self.metrics.history:
-                kept = load_model(self.checkpoint, device=self.accelerator.device)
-                row = self._measure(kept.vlm, top_k)
-                assert row is not None
-                weight = row["rerank_weight"]
-                self._keep(kept.vlm, weight)
+            rows = self.job.position.validation
+            top_k = self.job.train.rerank_top_k if "itm" in self.metrics.history else 0
+            row = self._measure_and_keep(top_k)
+            if row is None and top_k and rows:  # earlier weights are the better ones
+                at = max(range(len(rows)), key=lambda i: rows[i]["dual"]["rsum"])
+                kept = load_model(self.checkpoint, device=self.accelerator.device).vlm
+                facts = {name: rows[at][name] for name in ("step", "seconds", "pairs")}
+                row = rows[at] = self._measure(kept, top_k, facts)
+                self._keep(kept, row["rerank_weight"])
+            weight = row["rerank_weight"] if row else 0.0
             shutil.rmtree(self.job.run / "state", ignore_errors=True)
         self.accelerator.wait_for_everyone()
         return float(broadcast_object_list([weight])[0])
@@ -103,9 +100,25 @@ class Session:
         }
         save_run_state(self.accelerator, job.run / "state", job.tokenizer, description)
 
-    def _measure(self, model: VLM, top_k: int) -> dict[str, Any] | None:
+    def _measure_and_keep(self, top_k: int) -> dict[str, Any] | None:
+        """Validates the model as it is; its row if its weights were kept and there is one."""
+        job = self.job
         if self.split is None:
+            self._keep(job.model, 0.0)
             return None
+        position = job.position
+        facts = {"step": position.step, "seconds": round(position.seconds, 1)}
+        row = self._measure(job.model, top_k, facts | {"pairs": position.pairs})
+        position.validation.append(row)
+        better = row["dual"]["rsum"] > position.best
+        position.best = max(position.best, row["dual"]["rsum"])
+        if job.train.select == "best" and not better:
+            return None
+        self._keep(job.model, row["rerank_weight"])
+        return row
+
+    def _measure(self, model: VLM, top_k: int, facts: dict[str, Any]) -> dict[str, Any]:
+        assert self.split is not None
         result = evaluate_split(
             model,
             self.job.tokenizer,
@@ -116,14 +129,11 @@ class Session:
             images=self.job.train.validation_images,
             progress=self.progress,
         )
-        position = self.job.position
-        row = {"step": position.step, "seconds": round(position.seconds, 1)}
-        row |= {"pairs": position.pairs, **result.to_dict()}
-        position.validation.append(row)
+        row = facts | result.to_dict()
         self.metrics.write({"kind": "validation", **row})
         dual = result.dual
         self.progress.say(
-            f"validation at step {position.step}: R@1 {dual.image_retrieval.r1:.1f} text to image, "
+            f"validation at step {row['step']}: R@1 {dual.image_retrieval.r1:.1f} text to image, "
             f"{dual.text_retrieval.r1:.1f} image to text, RSUM {dual.rsum:.1f}"
         )
         return row

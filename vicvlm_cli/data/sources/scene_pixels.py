@@ -21,7 +21,7 @@ COLOURS = {
     "white": (250, 250, 250),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-RADII = {"large": (9.0, 9.5, 10.0), "small": (5.5, 6.0, 6.5)}  # pixels
+RADII = {"large": (9.5, 10.0, 10.5), "small": (6.5, 7.0, 7.5)}  # pixels
 BACKGROUNDS = ("grey", "dark", "striped", "checked", "sand", "grass")
 
 
