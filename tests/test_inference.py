@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import io
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from vicvlm_cli.data.images import BadImage, load_rgb
 from vicvlm_cli.errors import UserError
 from vicvlm_cli.inference import (
     autocast_dtype,
-    can_match,
     encode_image_batches,
     encode_text_batches,
     inferring,
@@ -96,7 +94,7 @@ def test_without_a_matching_head_a_pair_scores_its_similarity(tiny_checkpoint):
     images = pictures(4)
     model = load_model(tiny_checkpoint, device="cpu")
     model.vlm.itm_head = None
-    assert not can_match(model.vlm)
+    assert not model.vlm.can_match
     cosine = (model.encode_images(images) * model.encode_texts(TEXTS)).sum(1)
     scores = model.score_pairs(images, TEXTS)
     assert torch.allclose(scores, model.logit_scale * cosine, atol=1e-4)
@@ -191,7 +189,3 @@ def test_half_precision_features_are_near_and_of_unit_length(tiny_model, monkeyp
     assert torch.allclose(half.norm(dim=1), torch.ones(5), atol=1e-6)
     assert torch.allclose((half * exact).sum(1), torch.ones(5), atol=1e-2)
     assert torch.isfinite(tiny_model.score_pairs(images[:4], TEXTS)).all()
-
-
-def test_can_match_asks_for_the_head():
-    assert not can_match(SimpleNamespace())

@@ -6,6 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from vicvlm_cli.report.progress import Progress
+from vicvlm_cli.workflows.train import TrainResult, pretrain
+
+QUIET = Progress(quiet=True)
+
 LOSSES = ("itc", "itm", "mlm", "mim", "joint_mim", "variance", "covariance", "invariance")
 TINY = [
     "model.image_size=32",
@@ -48,3 +57,30 @@ def rows(run: Path, kind: str = "train") -> list[dict[str, Any]]:
     """The lines of one kind in a run's metrics."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if line["kind"] == kind]
+
+
+class Heard(Progress):
+    """Keeps what is said instead of printing it."""
+
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+        self.notes: list[str] = []
+
+    def say(self, message: str) -> None:
+        self.notes.append(message)
+
+
+def run(data: Path, output: Path, *overrides: str, **options: Any) -> TrainResult:
+    """Pretrain with the tiny settings and ``overrides``."""
+    options = {"progress": QUIET, **options}
+    return pretrain(data, overrides=[*TINY, *overrides], output=output, **options)
+
+
+def weights(path: Path) -> dict[str, Tensor]:
+    """What a run has kept."""
+    return load_file(path / "model.safetensors")
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Bit by bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)

@@ -108,6 +108,7 @@ def prepare(
 def pretrain(
     target: o.Target = None,
     objective: o.Objective = None,
+    loss: o.Contrast = None,
     data: o.DataPath = None,
     preset: o.Preset = None,
     config: o.ConfigFile = None,
@@ -143,7 +144,7 @@ def pretrain(
             *_overrides("pretrain", objective=objective, seed=seed, precision=precision),
             *_overrides("pretrain", epochs=epochs, max_minutes=max_minutes),
             *_overrides("pretrain", batch_size=batch_size, lr=lr),
-            *_overrides("pretrain.options", target=target),
+            *_overrides("pretrain.options", target=target, loss=loss),
         ],
         output=output,
         resume=resume,

@@ -11,7 +11,7 @@ import difflib
 import sys
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -55,7 +55,7 @@ class ModelConfig:
     vocab_size: int = 8000
     max_tokens: int = 32
     projection_dim: int = 256
-    fusion: str = "concat"  # or "cross_attention"
+    fusion: str = "concat"  # or "cross_attention", or "none": a dual encoder alone
     temperature: float = 0.07
 
 
@@ -131,7 +131,7 @@ class Config:
 CHOICES = {
     "model.image_pool": ("mean", "max"),
     "model.image_positions": ("learned", "sincos"),
-    "model.fusion": ("concat", "cross_attention"),
+    "model.fusion": ("concat", "cross_attention", "none"),
     "data.captions": ("all", "one"),
     "pretrain.precision": ("auto", "no", "bf16", "fp16"),
     "finetune.precision": ("auto", "no", "bf16", "fp16"),
@@ -291,13 +291,32 @@ def load_config(
     file: Path | None = None,
     overrides: Sequence[str] = (),
     base: Mapping[str, Any] | None = None,
+    recipe_of: Callable[[str], Mapping[str, Any]] | None = None,
 ) -> Config:
-    """Resolve ``base`` < preset < file < overrides into a checked :class:`Config`."""
+    """Resolve ``base`` < preset < recipe < file < overrides into a checked :class:`Config`.
+
+    Where file or overrides ask for another pretraining objective than the preset's own,
+    ``recipe_of`` gives that method's table. Encoders, data and schedule remain the preset's; its
+    losses and options, which are of its own method, go.
+    """
     table: dict[str, Any] = dict(base or {})
     if preset:
         table = merge(table, read_preset(preset))
-    if file:
-        table = merge(table, read_file(file))
+    over: dict[str, Any] = read_file(file) if file else {}
     for text in overrides:
-        table = merge(table, parse_override(text))
-    return from_dict(Config, table)
+        over = merge(over, parse_override(text))
+    wanted = _objective(over)
+    if recipe_of and wanted not in (None, _objective(table) or TrainConfig.objective):
+        for kind in ("pretrain", "finetune"):
+            stage = {k: v for k, v in table.get(kind, {}).items() if k not in METHOD_SETTINGS}
+            table = {**table, kind: stage}
+        table = merge(table, recipe_of(str(wanted)))
+    return from_dict(Config, merge(table, over))
+
+
+METHOD_SETTINGS = ("objective", "losses", "options")
+
+
+def _objective(table: Mapping[str, Any]) -> Any:
+    stage = table.get("pretrain", {})
+    return stage.get("objective") if isinstance(stage, Mapping) else None

@@ -62,11 +62,6 @@ def inferring(vlm: VLM, device: torch.device, precision: str = "auto") -> Iterat
             module.training = training
 
 
-def can_match(vlm: VLM) -> bool:
-    """Whether the model can score pairs by ITM; a method without a fusion encoder cannot."""
-    return getattr(vlm, "itm_head", None) is not None
-
-
 def _normalized(encoded: Encoded) -> Encoded:
     # Half precision leaves lengths that are off by up to 1 %, and a gallery stores unit vectors.
     return encoded._replace(features=F.normalize(encoded.features.float(), dim=-1))
@@ -229,7 +224,7 @@ class LoadedModel:
                 text = self.vlm.encode_text(input_ids.to(self.device), mask.to(self.device))
                 text = _normalized(text)
                 score = self.logit_scale * (batch.encoded.features * text.features).sum(1)
-                if self.info.rerank_weight and can_match(self.vlm):
+                if self.info.rerank_weight and self.vlm.can_match:
                     score += self.info.rerank_weight * self.vlm.match(batch.encoded, text).float()
             scores.append(score.cpu())
         return torch.cat(scores)

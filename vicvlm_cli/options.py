@@ -43,6 +43,9 @@ TestSize = Annotated[int | None, _option("scenes: test pictures. [default: 500]"
 Target = Annotated[
     Literal["byol", "pixel"] | None, _option("What masked patches must predict. [default: byol]")
 ]
+Contrast = Annotated[
+    Literal["softmax", "sigmoid"] | None, _option("clip: which loss. [default: softmax]", "--loss")
+]
 Objective = Annotated[str | None, _option("The method. [default: vicvlm]")]
 Preset = Annotated[str | None, _option("Named settings. [default: by the data set]")]
 ConfigFile = Annotated[Path | None, _option("TOML file of settings, laid over the preset.")]

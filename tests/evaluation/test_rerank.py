@@ -97,6 +97,12 @@ def test_the_chosen_weight_is_the_smallest_of_the_best():
     harmful = Reranking(images, texts, -right, -also, scale=10.0)
     assert harmful.choose_weight() == 0
     assert harmful.metrics(0.0) == dual
+    # What helps one direction and harms the other is not taken, whatever their sum is.
+    mixed = Reranking(images, texts, right, -0.01 * also, scale=10.0)
+    best = max((0.0, 5.0, 10.0), key=lambda weight: mixed.metrics(weight).rsum)
+    table = mixed.metrics(best)
+    assert best > 0 and table.text_retrieval.r1 < dual.text_retrieval.r1
+    assert mixed.choose_weight((5.0, 10.0)) == 0
     # Candidates only: what is not among the ten stays where it was.
     assert helpful.metrics(1e6).image_retrieval.r10 == dual.image_retrieval.r10
 

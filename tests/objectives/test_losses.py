@@ -52,6 +52,60 @@ def test_itc(image_id: list[int]) -> None:
     )
 
 
+def slow_sigmoid(logits: Tensor, image_id: list[int]) -> Tensor:
+    number = len(image_id)
+    terms = []
+    for i, j in itertools.product(range(number), repeat=2):
+        z = 1 if image_id[i] == image_id[j] else -1
+        terms.append(-(1 / (1 + (-z * logits[i, j]).exp())).log())
+    return torch.stack(terms).sum() / number
+
+
+@pytest.mark.parametrize("image_id", [[0, 1, 2, 3, 4], [0, 1, 0, 2, 0]])
+def test_sigmoid(image_id: list[int]) -> None:
+    ids = torch.tensor(image_id)
+    same = ids[:, None] == ids
+    agree(lambda s: losses.sigmoid(s, same), lambda s: slow_sigmoid(s, image_id), 3 * randn(5, 5))
+    # The best of constant guesses, tried one by one.
+    guesses = torch.linspace(-6, 6, 4001)
+    best = min(float(losses.sigmoid(torch.full((5, 5), float(g)), same)) for g in guesses)
+    assert float(losses.sigmoid_base_rate(same)) == pytest.approx(best, rel=1e-4)
+
+
+def slow_hinge(similarity: Tensor, image_id: list[int], margin: float, hardest: bool) -> Tensor:
+    number = len(image_id)
+    total = torch.zeros((), dtype=similarity.dtype)
+    for line_of in (lambda i: similarity[i], lambda i: similarity[:, i]):
+        costs = [
+            [
+                (margin - similarity[i, i] + line_of(i)[j]).clamp(min=0)
+                for j in range(number)
+                if image_id[j] != image_id[i]
+            ]
+            for i in range(number)
+        ]
+        if hardest:
+            total = total + torch.stack([torch.stack(row).max() for row in costs]).sum() / number
+        else:
+            within = [cost for row in costs for cost in row if float(cost) > 0]
+            total = total + torch.stack(within).mean()
+    return total
+
+
+@pytest.mark.parametrize("hardest", [True, False])
+@pytest.mark.parametrize("image_id", [[0, 1, 2, 3, 4], [0, 1, 0, 2, 0]])
+def test_hinge(image_id: list[int], hardest: bool) -> None:
+    ids = torch.tensor(image_id)
+    similarity = 0.3 * randn(5, 5)
+    agree(
+        lambda s: losses.hinge(s, ids, 0.2, hardest),
+        lambda s: slow_hinge(s, image_id, 0.2, hardest),
+        similarity,
+    )
+    assert float(losses.hinge(torch.full((5, 5), 0.4), ids, 0.2, hardest)) == pytest.approx(0.4)
+    assert float(losses.hinge(torch.eye(5), torch.arange(5), 0.2, hardest)) == 0
+
+
 def test_captions_of_one_image_are_never_negatives() -> None:
     similarity = randn(4, 4).requires_grad_()
     ids = torch.tensor([5, 8, 5, 9])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,11 +10,11 @@ import torch
 from tiny import make_batch, make_model, make_tokenizer, pad
 from torch import nn
 
-from vicvlm_cli.config import LossConfig, TrainConfig
+from vicvlm_cli.config import LossConfig, TrainConfig, load_config
 from vicvlm_cli.errors import UsageError
 from vicvlm_cli.model.fusion import FUSIONS
 from vicvlm_cli.model.vlm import VLM
-from vicvlm_cli.objectives import OBJECTIVES, create_objective
+from vicvlm_cli.objectives import OBJECTIVES, create_objective, recipe_of
 from vicvlm_cli.objectives.ranks import Noise
 from vicvlm_cli.objectives.vicvlm import VicVLM
 
@@ -22,18 +23,32 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("vicvlm", {"target": "byol", "predictor_width": 32}),
     ("vicvlm", {"target": "pixel", "predictor_width": 32}),
     ("vicvlm", {"target": "byol", "predictor_width": 32, "masked_stride": 2, "itm_negatives": 2}),
+    ("clip", {"loss": "softmax"}),
+    ("clip", {"loss": "sigmoid"}),
+    ("vsepp", {"mean_steps": 0}),
+    ("vsepp", {"mean_steps": 1000}),
     ("retrieval", {}),
 ]
+NOT_DRAWN = {"itc", "hinge"}  # no masks, no negatives: the same whatever the noise
+
+
+def fusions(name: str) -> list[str]:
+    """The method's own fusion, or all if it leaves the choice."""
+    own = recipe_of(name).get("model", {}).get("fusion")
+    return [own] if own else list(FUSIONS)
+
+
 EVERY = pytest.mark.parametrize(
     ("name", "options", "fusion"),
-    [(name, options, fusion) for name, options in CASES for fusion in FUSIONS],
+    [(name, options, fusion) for name, options in CASES for fusion in fusions(name)],
     ids=lambda v: "-".join(map(str, v.values())) if isinstance(v, dict) else v,
 )
 
 
 def make(
-    name: str, options: dict[str, Any], fusion: str = "concat", model: VLM | None = None
+    name: str, options: dict[str, Any], fusion: str | None = None, model: VLM | None = None
 ) -> Any:
+    fusion = fusion or fusions(name)[0]
     weights = {loss: LossConfig() for loss in OBJECTIVES[name].LOSSES}
     config = TrainConfig(objective=name, options=options, losses=weights)
     return create_objective(model or make_model(fusion=fusion), make_tokenizer(), config).train()
@@ -56,9 +71,9 @@ def test_the_losses_are_those_named_and_finite(
         assert bool(values[loss].isfinite()) and bool(trivial[loss].isfinite())
         assert values[loss].requires_grad and not trivial[loss].requires_grad
         assert float(trivial[loss]) > 0
-    for loss in everything:  # one alone: that one, and ITC whose similarities all share
+    for loss in everything:  # one alone: that one, and the first whose similarities all share
         alone, guesses = objective(make_batch(), Noise(0, 0, CPU), {loss})
-        assert set(alone) == set(guesses) == {"itc", loss}
+        assert set(alone) == set(guesses) == {objective.LOSSES[0], loss}
 
 
 @EVERY
@@ -94,7 +109,7 @@ def test_a_tiny_batch_is_learned_by_heart(name: str, options: dict[str, Any], fu
         total.backward()
         optimizer.step()
         objective.after_step()
-        history.append((float(values["itc"].detach()), float(total.detach())))
+        history.append((float(values[objective.LOSSES[0]].detach()), float(total.detach())))
     first, last = history[0], [sum(column) / 5 for column in zip(*history[-5:], strict=True)]
     assert last[0] < 0.3 * first[0]
     assert last[1] < 0.75 * first[1]
@@ -122,7 +137,7 @@ def test_the_same_noise_gives_the_same_losses(
     everything = set(objective.LOSSES)
     runs = [objective(make_batch(), Noise(0, step, CPU), everything)[0] for step in (1, 1, 2)]
     assert all(float(runs[0][k].detach()) == float(runs[1][k].detach()) for k in everything)
-    drawn = everything - {"itc"}
+    drawn = everything - NOT_DRAWN
     assert all(float(runs[0][k].detach()) != float(runs[2][k].detach()) for k in drawn)
 
 
@@ -147,6 +162,8 @@ def test_only_the_byol_target_is_a_network_and_it_follows_the_encoder(target: st
 def test_the_temperature_is_bounded_after_a_step() -> None:
     for name, options in CASES:
         objective = make(name, options)
+        if not objective.model.logit_scale.requires_grad:
+            continue
         with torch.no_grad():
             objective.model.logit_scale.fill_(9.0)
         objective.after_step()
@@ -210,7 +227,7 @@ def refusal(**settings: Any) -> str:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"objective": "vicvml"}, "no objective 'vicvml': there are vicvlm, retrieval"),
+        ({"objective": "vicvml"}, "no objective 'vicvml': there are vicvlm, clip, "),
         ({"losses": {"joint_mm": LossConfig()}}, "no loss 'joint_mm': did you mean 'joint_mim'?"),
         ({"losses": {"qq": LossConfig()}}, "its losses are itc, itm, mim"),
         ({"objective": "retrieval", "losses": {"mlm": LossConfig()}}, "retrieval has no loss"),
@@ -219,6 +236,7 @@ def refusal(**settings: Any) -> str:
         ({"losses": {"itc": LossConfig(1.0, start=0.1)}}, "nothing would be trained"),
         ({"losses": {"itc": LossConfig(1.0, ramp=0.1)}}, "nothing would be trained"),
         ({"losses": {"itc": LossConfig(1.0, every=2)}}, "nothing would be trained"),
+        ({"objective": "clip", "options": {"loss": "l2"}}, "--loss is 'l2', not softmax or"),
         ({"options": {"targets": "byol"}}, "did you mean 'target'?"),
         ({"options": {"target": "dino"}}, "--target is 'dino', not byol or pixel"),
         ({"options": {"image_mask": 1.0}}, "options.image_mask must be between 0 and 1"),
@@ -237,6 +255,46 @@ def refusal(**settings: Any) -> str:
 )
 def test_what_cannot_be_trained_is_refused(settings: dict[str, Any], words: str) -> None:
     assert words in refusal(**settings)
+
+
+@EVERY
+def test_the_recipe_names_losses_that_there_are(
+    name: str, options: dict[str, Any], fusion: str
+) -> None:
+    config = load_config(
+        "vicvlm-tiny", overrides=[f"pretrain.objective={name}"], recipe_of=recipe_of
+    )
+    assert config.pretrain.objective == name
+    tuned = config.finetune
+    for stage in (config.pretrain, tuned):
+        assert stage.losses.keys() == set(OBJECTIVES[stage.objective].LOSSES)
+        model = make_model(fusion=config.model.fusion)
+        stage = replace(stage, options={**stage.options})
+        assert create_objective(model, make_tokenizer(), stage).model is model
+    # All else is the preset's: another word, the same encoders, data and schedule.
+    plain = load_config("vicvlm-tiny")
+    assert config.data == plain.data
+    assert config.model == replace(plain.model, fusion=config.model.fusion)
+    assert replace(config.pretrain, objective="", losses={}, options={}) == replace(
+        plain.pretrain, objective="", losses={}, options={}
+    )
+
+
+def test_a_dual_encoder_alone_cannot_match() -> None:
+    for name in ("vicvlm", "retrieval"):
+        with pytest.raises(UsageError, match=f"{name} matches pairs in a fusion encoder"):
+            make(name, {}, "none")
+
+
+def test_the_hardest_negatives_alone_come_later() -> None:
+    objective = make("vsepp", {"mean_steps": 2})
+    seen = []
+    for _ in range(3):
+        seen.append(
+            float(objective(make_batch(), Noise(0, 0, CPU), {"hinge"})[0]["hinge"].detach())
+        )
+        objective.after_step()
+    assert seen[0] == seen[1] < seen[2]
 
 
 def test_the_options_arrive() -> None:

@@ -13,7 +13,7 @@ from vicvlm_cli.data.tokenizer import Tokenizer
 from vicvlm_cli.evaluation.recall import RetrievalMetrics, evaluate_features
 from vicvlm_cli.evaluation.rerank import TOP_K, rerank
 from vicvlm_cli.evaluation.tokens import encode_split
-from vicvlm_cli.inference import IMAGE_BATCH, can_match
+from vicvlm_cli.inference import IMAGE_BATCH
 from vicvlm_cli.model.vlm import VLM
 from vicvlm_cli.report.progress import Progress
 
@@ -111,7 +111,7 @@ def evaluate_split(
     Raises:
         UserError: the split is empty or damaged.
     """
-    matching = top_k > 0 and can_match(vlm)
+    matching = top_k > 0 and vlm.can_match
     # At weight 0 the candidates keep their order: the dual table is the re-ranked one.
     scoring = matching and rerank_weight != 0
     features = encode_split(

@@ -150,8 +150,19 @@ class Reranking:
         )
 
     def choose_weight(self, grid: tuple[float, ...] = WEIGHTS) -> float:
-        """The weight of highest RSUM on these data; of equals the smallest."""
-        return max(sorted(grid), key=lambda weight: self.metrics(weight).rsum)
+        """The weight of highest RSUM on these data that lowers neither R@1; of equals the smallest.
+
+        Only weights of ``grid`` are tried, and 0, the dual encoder's own order.
+        """
+        tables = {weight: self.metrics(weight) for weight in sorted({0.0, *grid})}
+        dual = tables[0.0]
+        harmless = [
+            weight
+            for weight, table in tables.items()
+            if table.image_retrieval.r1 >= dual.image_retrieval.r1
+            and table.text_retrieval.r1 >= dual.text_retrieval.r1
+        ]
+        return max(harmless, key=lambda weight: tables[weight].rsum)
 
 
 def rerank(

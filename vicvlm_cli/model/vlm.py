@@ -58,16 +58,25 @@ class VLM(nn.Module):
         bert = _bert_of(config)
         self.text_encoder = TextEncoder(bert)
         image_tokens = self.image_encoder.prefix + self.image_encoder.num_patches
-        self.fusion = FUSIONS[config.fusion](
-            bert, config.fusion_layers, self.image_encoder.width, image_tokens
-        )
+        self.fusion: nn.Module | None = None
+        if config.fusion != "none":
+            self.fusion = FUSIONS[config.fusion](
+                bert, config.fusion_layers, self.image_encoder.width, image_tokens
+            )
         self.image_projection = nn.Linear(self.image_encoder.width, config.projection_dim)
         self.text_projection = nn.Linear(config.text_width, config.projection_dim)
-        self.itm_head = nn.Linear(config.text_width + config.projection_dim, 1)
+        self.itm_head: nn.Linear | None = None
+        if self.fusion is not None:
+            self.itm_head = nn.Linear(config.text_width + config.projection_dim, 1)
         self.logit_scale = nn.Parameter(torch.tensor(-math.log(config.temperature)))
         for name, values in (("mean", config.image_mean), ("std", config.image_std)):
             pixels = torch.tensor(values).view(1, 3, 1, 1) * 255
             self.register_buffer(name, pixels, persistent=False)
+
+    @property
+    def can_match(self) -> bool:
+        """Whether there is a fusion encoder to score pairs with; a dual encoder has none."""
+        return self.itm_head is not None
 
     def normalize(self, image: Tensor) -> Tensor:
         """Pixels in [0, 255] to the encoder's range: [B, 3, S, S] to float [B, 3, S, S]."""
@@ -96,7 +105,11 @@ class VLM(nn.Module):
     def fuse(
         self, image: Tensor, image_mask: Tensor | None, text: Tensor, text_mask: Tensor
     ) -> Fused:
-        """Run the fusion encoder over image tokens [B, N, D_i] and text tokens [B, L, D]."""
+        """Run the fusion encoder over image tokens [B, N, D_i] and text tokens [B, L, D].
+
+        Only for models that have one (``can_match``).
+        """
+        assert self.fusion is not None
         return self.fusion(image, image_mask, text, text_mask)
 
     def match(self, image: Encoded, text: Encoded) -> Tensor:
@@ -112,6 +125,7 @@ class VLM(nn.Module):
         (ViLBERT, arXiv 1908.02265, sec. 3.1), so that it refines the similarity from its first
         step instead of having to find it again.
         """
+        assert self.itm_head is not None
         product = image_features * text_features * self.config.projection_dim  # [B, P], of order 1
         return self.itm_head(torch.cat([fused.pooled, product], dim=1)).squeeze(-1).float()
 
@@ -135,6 +149,8 @@ def create_model(config: ModelConfig, vocab_size: int, max_tokens: int | None = 
     Raises:
         UserError: an encoder is unknown, does not fit, or its weights cannot be loaded.
     """
+    if config.fusion == "none":
+        config = replace(config, fusion_layers=0)
     name, weights, statistics = resolve_image_encoder(config.image_encoder, config.image_weights)
     resolved = replace(
         config, image_encoder=name, image_weights="", text_encoder="", vocab_size=vocab_size
@@ -163,8 +179,10 @@ def create_model(config: ModelConfig, vocab_size: int, max_tokens: int | None = 
         max_tokens=min(config.max_tokens, bert.max_position_embeddings),
     )
     model = VLM(resolved, image_weights=weights)
-    fusion_bert: nn.Module = model.fusion.get_submodule("bert")
     load_half(model.text_encoder.bert, text)
+    if model.fusion is None:
+        return model
+    fusion_bert: nn.Module = model.fusion.get_submodule("bert")
     positions = "embeddings.position_embeddings.weight"
     own = fusion_bert.state_dict()[positions]
     if own.shape != fusion[positions].shape:  # more image tokens than BERT has positions

@@ -2,24 +2,50 @@
 
 An objective is a module that owns the model: ``__init__(model, tokenizer, config)``, a frozen
 ``Config``, the names of its ``LOSSES``, ``forward(batch, noise, active)`` giving raw named scalars
-and the trivial value of each, and ``after_step()``, called once an optimiser step.
+and the trivial value of each, and ``after_step()``, called once an optimiser step. ``RECIPE`` is
+the settings that make the method: its fusion, its losses and how it is fine-tuned. They are laid
+over a preset where the method is asked for by name.
 """
 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
-from vicvlm_cli.config import TrainConfig, from_dict
+from vicvlm_cli.config import TrainConfig, from_dict, merge
 from vicvlm_cli.data.tokenizer import Tokenizer
 from vicvlm_cli.errors import UsageError
 from vicvlm_cli.model.vlm import VLM
+from vicvlm_cli.objectives.clip import CLIP
 from vicvlm_cli.objectives.retrieval import Retrieval
 from vicvlm_cli.objectives.vicvlm import VicVLM
+from vicvlm_cli.objectives.vsepp import VSEPP
 
-OBJECTIVES: dict[str, Any] = {"vicvlm": VicVLM, "retrieval": Retrieval}
+OBJECTIVES: dict[str, Any] = {
+    "vicvlm": VicVLM,
+    "clip": CLIP,
+    "vsepp": VSEPP,
+    "retrieval": Retrieval,
+}
+
+
+def _find(name: str) -> Any:
+    if name not in OBJECTIVES:
+        raise UsageError(f"there is no objective {name!r}: there are {', '.join(OBJECTIVES)}")
+    return OBJECTIVES[name]
+
+
+def recipe_of(name: str) -> Mapping[str, Any]:
+    """The configuration table of a method, to be laid over a preset's.
+
+    Raises:
+        UsageError: there is no objective of that name.
+    """
+    recipe: Mapping[str, Any] = _find(name).RECIPE
+    return merge({"pretrain": {"objective": name}}, recipe)
 
 
 def create_objective(model: VLM, tokenizer: Tokenizer, config: TrainConfig) -> nn.Module:
@@ -28,11 +54,7 @@ def create_objective(model: VLM, tokenizer: Tokenizer, config: TrainConfig) -> n
     Raises:
         UsageError: an unknown objective or option, or weights whose names are not its losses.
     """
-    if config.objective not in OBJECTIVES:
-        raise UsageError(
-            f"there is no objective {config.objective!r}: there are {', '.join(OBJECTIVES)}"
-        )
-    objective = OBJECTIVES[config.objective]
+    objective = _find(config.objective)
     for name in config.losses:
         if name not in objective.LOSSES:
             close = difflib.get_close_matches(name, objective.LOSSES, n=1)

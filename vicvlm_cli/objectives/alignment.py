@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vicvlm_cli.errors import UsageError
 from vicvlm_cli.model.fusion import Fused
 from vicvlm_cli.model.vlm import VLM, Encoded
 from vicvlm_cli.objectives import losses
@@ -71,6 +72,19 @@ def match(
         None if fused.image is None else fused.image[:rows],
     )
     return loss, positive
+
+
+def require_matching(model: VLM, objective: str) -> None:
+    """Refuse a model that has nothing to match with.
+
+    Raises:
+        UsageError: the model is a dual encoder alone.
+    """
+    if not model.can_match:
+        raise UsageError(
+            f"{objective} matches pairs in a fusion encoder, and model.fusion is none: choose "
+            "another fusion, or the objective clip"
+        )
 
 
 @torch.no_grad()

@@ -27,6 +27,45 @@ def itc(similarity: Tensor, image_id: Tensor) -> Tensor:
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
+def sigmoid(logits: Tensor, same: Tensor) -> Tensor:
+    """Pairwise sigmoid loss, summed over texts and averaged over pictures (SigLIP, 2303.15343).
+
+    Args:
+        logits: [B, B], pictures in rows.
+        same: bool [B, B], the pairs of one picture: all of them are positives.
+    """
+    return F.softplus(torch.where(same, -logits, logits)).sum() / len(logits)
+
+
+def sigmoid_base_rate(same: Tensor) -> Tensor:
+    """:func:`sigmoid` of the best constant guess: the entropy of the share of positives."""
+    p = same.float().mean()
+    return -len(same) * (p * p.log() + (1 - p) * torch.log1p(-p))
+
+
+def hinge(similarity: Tensor, image_id: Tensor, margin: float, hardest: bool) -> Tensor:
+    """How far negatives come within ``margin`` of the pair, both ways, mean over the batch.
+
+    Pairs of one picture are never negatives.
+
+    Args:
+        similarity: cosines [B, B], pictures in rows.
+        image_id: long [B].
+        hardest: of each row's negatives only the hardest counts (VSE++, 1707.05612, eq. 6);
+            else the mean of those within the margin (eq. 5, its sum made independent of B).
+    """
+    same = image_id[:, None] == image_id[None, :]
+    own = similarity.diagonal()
+    total = similarity.new_zeros(())
+    for scores in (similarity, similarity.T):
+        cost = F.relu(margin + scores - own[:, None]).masked_fill(same, 0.0)  # [B, B]
+        if hardest:
+            total = total + cost.amax(dim=1).mean()
+        else:
+            total = total + cost.sum() / (cost > 0).sum().clamp(min=1)
+    return total
+
+
 def hard_negatives(similarity: Tensor, excluded: Tensor, noise: Tensor, number: int) -> Tensor:
     """Columns drawn without replacement from each row's softmax (ALBEF, sec. 3.2), [R, number].
 

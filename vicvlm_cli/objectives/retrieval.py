@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Set
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from vicvlm_cli.data.batches import Batch
 from vicvlm_cli.data.tokenizer import Tokenizer
 from vicvlm_cli.model.vlm import VLM
 from vicvlm_cli.objectives import losses
-from vicvlm_cli.objectives.alignment import clamp_temperature, contrast, match
+from vicvlm_cli.objectives.alignment import clamp_temperature, contrast, match, require_matching
 from vicvlm_cli.objectives.ranks import Noise
 
 Losses = tuple[dict[str, Tensor], dict[str, Tensor]]
@@ -23,6 +24,10 @@ class Retrieval(nn.Module):
     """ITC + ITM with in-batch hard negatives (ALBEF, arXiv 2107.07651, sec. 3.2)."""
 
     LOSSES = ("itc", "itm")
+    RECIPE: ClassVar[dict[str, Any]] = {
+        "pretrain": {"losses": {"itc": {}, "itm": {}}},
+        "finetune": {"objective": "retrieval", "losses": {"itc": {}, "itm": {}}},
+    }
 
     @dataclass(frozen=True)
     class Config:
@@ -32,6 +37,7 @@ class Retrieval(nn.Module):
 
     def __init__(self, model: VLM, tokenizer: Tokenizer, config: Config) -> None:
         super().__init__()
+        require_matching(model, "retrieval")
         self.model, self.config = model, config
 
     def forward(self, batch: Batch, noise: Noise, active: Set[str]) -> Losses:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Set
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from vicvlm_cli.errors import UsageError
 from vicvlm_cli.model.fusion import Fused
 from vicvlm_cli.model.vlm import VLM, Encoded
 from vicvlm_cli.objectives import losses
-from vicvlm_cli.objectives.alignment import clamp_temperature, contrast, match
+from vicvlm_cli.objectives.alignment import clamp_temperature, contrast, match, require_matching
 from vicvlm_cli.objectives.heads import JointPatchHead, MLMHead, PatchPredictor
 from vicvlm_cli.objectives.masking import check_block, mask_patches, mask_words
 from vicvlm_cli.objectives.momentum import EmaTarget
@@ -44,6 +44,22 @@ class VicVLM(nn.Module):
     """
 
     LOSSES = ("itc", "itm", "mim", "joint_mim", "mlm", "variance", "covariance", "invariance")
+    # Small weights, and ITC first: with all at 1 from the start, short trainings learn nothing.
+    RECIPE: ClassVar[dict[str, Any]] = {
+        "pretrain": {
+            "losses": {
+                "itc": {},
+                "itm": {"weight": 0.5, "start": 0.3, "ramp": 0.1},
+                "mlm": {"weight": 0.2, "start": 0.3, "ramp": 0.1},
+                "mim": {"weight": 0.1, "start": 0.3, "ramp": 0.1},
+                "joint_mim": {"weight": 0.1, "start": 0.3, "ramp": 0.1},
+                "variance": {"weight": 0.02, "start": 0.3, "ramp": 0.1},
+                "covariance": {"weight": 0.002, "start": 0.3, "ramp": 0.1},
+                "invariance": {"weight": 0.02, "start": 0.3, "ramp": 0.1},
+            }
+        },
+        "finetune": {"objective": "retrieval", "losses": {"itc": {}, "itm": {}}},
+    }
 
     @dataclass(frozen=True)
     class Config:
@@ -66,6 +82,7 @@ class VicVLM(nn.Module):
 
     def __init__(self, model: VLM, tokenizer: Tokenizer, config: Config) -> None:
         super().__init__()
+        require_matching(model, "vicvlm")
         if config.target not in ("byol", "pixel"):
             raise UsageError(f"--target is {config.target!r}, not byol or pixel")
         for name in ("image_mask", "text_mask"):

@@ -11,7 +11,7 @@ from vicvlm_cli.data.prepared import Manifest, PreparedDataset, Split
 from vicvlm_cli.errors import UsageError
 from vicvlm_cli.evaluation.evaluate import EvaluationReport, evaluate_split
 from vicvlm_cli.evaluation.rerank import TOP_K
-from vicvlm_cli.inference import IMAGE_BATCH, autocast_dtype, can_match
+from vicvlm_cli.inference import IMAGE_BATCH, autocast_dtype
 from vicvlm_cli.report.progress import Progress
 
 
@@ -49,7 +49,7 @@ def evaluate(
     progress.say(f"split: {part.title} (--split to change)")
     progress.say(f"computing on: {model.device.type}, {precision}")
     notes = _notes(dataset.manifest, part, model.info)
-    if top_k and not can_match(model.vlm):
+    if top_k and not model.vlm.can_match:
         notes.append("the model has no matching head: there is no re-ranked table")
     elif top_k and weight == 0:
         notes.append(

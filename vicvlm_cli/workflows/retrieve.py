@@ -12,7 +12,7 @@ from vicvlm_cli.data.images import BadImage, load_rgb
 from vicvlm_cli.errors import UsageError, UserError
 from vicvlm_cli.gallery.results import Hit, RetrieveResult
 from vicvlm_cli.gallery.store import Gallery
-from vicvlm_cli.inference import LoadedModel, can_match
+from vicvlm_cli.inference import LoadedModel
 from vicvlm_cli.report.progress import Progress
 from vicvlm_cli.report.sheet import Cell, check_sheet, contact_sheet, save_sheet
 
@@ -58,7 +58,7 @@ def retrieve(
         check_sheet(sheet)
     stored = Gallery.open(gallery)
     model = _model_of(stored, gallery, checkpoint, progress)
-    if rerank and not can_match(model.vlm):
+    if rerank and not model.vlm.can_match:
         raise UsageError("this model has no matching head: leave out --rerank")
     text = query or ""
     if image is None:

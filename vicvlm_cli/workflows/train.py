@@ -24,7 +24,7 @@ from vicvlm_cli.data.prepared import PreparedDataset
 from vicvlm_cli.data.tokenizer import Tokenizer
 from vicvlm_cli.errors import UsageError, UserError
 from vicvlm_cli.model.vlm import VLM, create_model
-from vicvlm_cli.objectives import create_objective
+from vicvlm_cli.objectives import create_objective, recipe_of
 from vicvlm_cli.report.progress import Progress
 from vicvlm_cli.workflows.launch import join, make_accelerator, run_folder, with_workers
 from vicvlm_cli.workflows.loop import (
@@ -104,7 +104,7 @@ def pretrain(
         preset = PRESET_OF_SOURCE.get(dataset.manifest.source, DEFAULT_PRESET)
         source = dataset.manifest.source
         progress.say(f"preset: {preset} (default for {source}; --preset to change)")
-    config = configs.load_config(preset, config_file, overrides)
+    config = configs.load_config(preset, config_file, overrides, recipe_of=recipe_of)
     run = run_folder("pretrain", dataset, output)
     accelerator = make_accelerator(config.pretrain, track, run)
     split = dataset.split("train")

@@ -1,0 +1,142 @@
+"""Runs that were stopped, by a person or by a crash, and go on."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_training import QUIET, Heard, equal, rows, run, weights
+
+from vicvlm_cli.errors import UsageError, UserError
+from vicvlm_cli.workflows import loop
+from vicvlm_cli.workflows.metrics import Metrics
+from vicvlm_cli.workflows.prepare import prepare
+from vicvlm_cli.workflows.train import TrainResult, finetune, pretrain
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+
+
+def interrupt_at(step: int, patch: pytest.MonkeyPatch, stop: Callable[[], None]) -> None:
+    """Call ``stop`` in the midst of a step."""
+    add = Metrics.add
+    stopped: list[int] = []
+
+    def stopping(self: Metrics, number: int, *values: Any) -> None:
+        add(self, number, *values)
+        if number == step and not stopped:
+            stopped.append(step)
+            stop()
+
+    patch.setattr(Metrics, "add", stopping)
+
+
+def ctrl_c() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("target", ["byol", "pixel"])
+def test_a_resumed_run_ends_like_one_that_was_never_stopped(
+    target: str, scenes: Path, tmp_path: Path
+) -> None:
+    # Accumulation, crops and flips: all that a position must restore. Stopped within an epoch.
+    settings = (
+        "pretrain.batch_size=8",
+        "pretrain.accumulate=2",
+        "data.crop_scale=0.6",
+        f"pretrain.options.target={target}",
+        "pretrain.losses.mlm.start=0.7",
+        "pretrain.validate_every=1",
+    )
+    whole = run(scenes, tmp_path / "whole", *settings)
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(8, patch, ctrl_c)
+        with pytest.raises(KeyboardInterrupt):
+            run(scenes, tmp_path / "parts", *settings)
+    assert not (tmp_path / "parts" / "result.json").exists()
+    heard = Heard()
+    parts = pretrain(scenes, resume=tmp_path / "parts", progress=heard)
+    assert f"resuming {tmp_path / 'parts'} at step 8" in heard.notes
+    assert (parts.steps, parts.pairs) == (whole.steps, whole.pairs) == (12, 192)
+    assert equal(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+    assert parts.rerank_weight == whole.rerank_weight
+    assert [row["step"] for row in parts.validation] == [row["step"] for row in whole.validation]
+    assert rows(parts.run)[-1]["losses"] == rows(whole.run)[-1]["losses"]
+    assert {r.name: r.first for r in parts.losses} == {r.name: r.first for r in whole.losses}
+    assert not (tmp_path / "parts" / "state").exists()
+
+
+def test_a_run_that_dies_goes_on_from_its_last_save(scenes: Path, tmp_path: Path) -> None:
+    settings = ("pretrain.state_minutes=0", "pretrain.epochs=3")
+    run(scenes, tmp_path / "whole", *settings)
+
+    def power_cut() -> None:
+        raise OSError("power cut")
+
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(15, patch, power_cut)
+        with pytest.raises(OSError, match="power cut"):
+            run(scenes, tmp_path / "parts", *settings)
+    heard = Heard()
+    pretrain(scenes, resume=tmp_path / "parts", progress=heard)
+    assert f"resuming {tmp_path / 'parts'} at step 10" in heard.notes  # saved every ten
+    assert equal(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+
+
+def test_a_stopped_fine_tuning_goes_on(
+    pretrained: TrainResult, scenes: Path, tmp_path: Path
+) -> None:
+    def tune(name: str, **options: Any) -> TrainResult:
+        return finetune(
+            pretrained.checkpoint,
+            scenes,
+            progress=QUIET,
+            **(options or {"output": tmp_path / name}),
+        )
+
+    tune("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(4, patch, ctrl_c)
+        with pytest.raises(KeyboardInterrupt):
+            tune("parts")
+    tune("parts", resume=tmp_path / "parts")
+    assert equal(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+
+
+def test_what_cannot_be_resumed(pretrained: TrainResult, scenes: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be resumed: it has finished"):
+        pretrain(scenes, resume=pretrained.run, progress=QUIET)
+    with pytest.raises(UserError, match="cannot be resumed: it has no saved state"):
+        pretrain(scenes, resume=tmp_path, progress=QUIET)
+    with pytest.raises(UsageError, match="--resume goes on with a run's own settings"):
+        pretrain(scenes, resume=tmp_path, overrides=["pretrain.lr=1"], progress=QUIET)
+    with pytest.raises(UsageError, match="--resume goes on with a run's own settings"):
+        finetune(pretrained.checkpoint, scenes, resume=tmp_path, output=tmp_path, progress=QUIET)
+    stopped = tmp_path / "stopped"
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(1, patch, ctrl_c)
+        with pytest.raises(KeyboardInterrupt):
+            run(scenes, stopped)
+    with pytest.raises(UserError, match="is a pretrain run: use vicvlm pretrain"):
+        finetune(pretrained.checkpoint, scenes, resume=stopped, progress=QUIET)
+    sizes = {"train": 20, "val": 5, "test": 5}
+    other = prepare(
+        "scenes", tmp_path, image_side=32, sizes=sizes, seed=3, workers=1, progress=QUIET
+    )
+    with pytest.raises(UserError, match="was trained on another data set than"):
+        pretrain(other.path, resume=stopped, progress=QUIET)
+    with pytest.raises(UserError, match="already holds a run.*--resume"):
+        run(scenes, stopped)
+
+
+def test_ctrl_c_waits_for_the_step_and_twice_does_not() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    stopping = loop._StopAtStep(enabled=True)
+    with pytest.raises(KeyboardInterrupt), stopping:
+        ctrl_c()
+        assert stopping.asked  # and nothing was raised
+        ctrl_c()
+    assert signal.getsignal(signal.SIGINT) is before

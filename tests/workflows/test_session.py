@@ -1,0 +1,101 @@
+"""Validation in a training, and which weights are kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tiny_training import QUIET, Heard, equal, rows, run, weights
+from torch import Tensor
+
+from vicvlm_cli.checkpoint import load_model
+from vicvlm_cli.data.prepared import PreparedDataset
+from vicvlm_cli.evaluation.evaluate import evaluate_split
+from vicvlm_cli.workflows import session
+from vicvlm_cli.workflows.train import TrainResult, finetune
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+
+
+def test_validations_are_logged_and_told(pretrained: TrainResult) -> None:
+    lines = rows(pretrained.run, "validation")
+    # After the first epoch, and at the end with re-ranking.
+    assert [line["step"] for line in lines] == [6, 12]
+    assert [line["reranked"] is None for line in lines] == [True, False]
+    assert lines[-1]["dual"]["images"] == 16 and lines[-1]["dual"]["captions"] == 80
+    assert pretrained.validation == [
+        {k: v for k, v in line.items() if k != "kind"} for line in lines
+    ]
+    notes = " | ".join(pretrained.notes)  # type: ignore[attr-defined]
+    assert "preset: vicvlm-tiny (default for scenes; --preset to change)" in notes
+    assert "12 steps of 16 pairs, cpu no, 1 process," in notes
+    assert "validation at step 6: R@1" in notes
+
+
+def scripted(rsums: list[float], patch: pytest.MonkeyPatch) -> list[dict[str, Tensor]]:
+    """Validations that find these figures and a re-ranking weight of 7, and what each has seen.
+
+    A validation beyond these is a real one.
+    """
+    seen: list[dict[str, Tensor]] = []
+    real = evaluate_split
+
+    def evaluate(model: Any, *arguments: Any, **options: Any) -> Any:
+        seen.append({k: v.clone() for k, v in model.state_dict().items()})
+        if len(seen) > len(rsums):
+            return real(model, *arguments, **options)
+        one = SimpleNamespace(r1=0.0)
+        dual = SimpleNamespace(rsum=rsums[len(seen) - 1], image_retrieval=one, text_retrieval=one)
+        row = {"dual": {"rsum": dual.rsum}, "reranked": None, "rerank_weight": 7.0}
+        return SimpleNamespace(dual=dual, to_dict=lambda: row)
+
+    patch.setattr(session, "evaluate_split", evaluate)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("select", "rsums", "kept"),
+    [("best", [10, 30, 20], 1), ("best", [30, 10, 30], 0), ("last", [10, 30, 20], 2)],
+)
+def test_the_weights_kept_are_the_best_or_the_last(
+    select: str,
+    rsums: list[float],
+    kept: int,
+    pretrained: TrainResult,
+    scenes: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen = scripted(rsums, monkeypatch)
+    settings = ["finetune.validate_every=1", "finetune.epochs=3", f"finetune.select={select}"]
+    result = finetune(
+        pretrained.checkpoint, scenes, overrides=settings, output=tmp_path / "f", progress=QUIET
+    )
+    assert not equal(seen[0], seen[1]) and not equal(seen[1], seen[2])
+    assert equal(weights(tmp_path / "f"), seen[kept])
+    if kept == 2:
+        assert len(seen) == 3 and result.rerank_weight == 7.0
+    else:  # the kept weights are re-ranked after the end, and keep the place of their row
+        assert len(seen) == 4 and equal(seen[3], seen[kept])
+        assert result.validation[kept]["reranked"] and result.rerank_weight != 7.0
+    assert [row["step"] for row in result.validation] == [6, 12, 18]
+    assert {row.name for row in result.losses} == {"itc", "itm"}
+    info = load_model(result.checkpoint, device="cpu").info
+    assert info.objective == "retrieval"
+    assert info.rerank_weight == result.rerank_weight
+
+
+def test_without_validation_data_the_last_weights_are_kept(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PreparedDataset, "splits", property(lambda self: ["train", "test"]))
+    heard = Heard()
+    result = run(
+        scenes, tmp_path / "run", "pretrain.select=best", "pretrain.validate_every=1",
+        progress=heard,
+    )  # fmt: skip
+    assert any("has no val split: the last weights will be kept" in note for note in heard.notes)
+    assert result.validation == [] and result.best is None
+    assert load_model(result.checkpoint, device="cpu").info.rerank_weight == 0.0

@@ -1,0 +1,65 @@
+"""VSE++: a margin between each pair and its hardest negative in the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from vicvlm_cli.data.batches import Batch
+from vicvlm_cli.data.tokenizer import Tokenizer
+from vicvlm_cli.model.vlm import VLM
+from vicvlm_cli.objectives import losses
+from vicvlm_cli.objectives.ranks import Noise, gather
+from vicvlm_cli.objectives.retrieval import Losses
+
+
+class VSEPP(nn.Module):
+    """Triplet loss with the hardest in-batch negative (VSE++, arXiv 1707.05612, eq. 6).
+
+    From scratch the hardest negatives alone hold all features at one point for long, so the first
+    ``mean_steps`` steps take the mean over all negatives that break the margin (VSE0, eq. 5).
+    """
+
+    LOSSES = ("hinge",)
+    RECIPE: ClassVar[dict[str, Any]] = {
+        "model": {"fusion": "none"},
+        "pretrain": {"losses": {"hinge": {}}},
+        "finetune": {
+            "objective": "vsepp",
+            "losses": {"hinge": {}},
+            "options": {"mean_steps": 0},
+        },
+    }
+
+    @dataclass(frozen=True)
+    class Config:
+        """``margin`` in cosine; ``mean_steps``: optimiser steps before the hardest alone count."""
+
+        margin: float = 0.2
+        mean_steps: int = 100
+
+    def __init__(self, model: VLM, tokenizer: Tokenizer, config: Config) -> None:
+        super().__init__()
+        self.model, self.config = model, config
+        model.logit_scale.requires_grad_(False)  # the margin is the scale
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+
+    steps: Tensor
+
+    def forward(self, batch: Batch, noise: Noise, active: Set[str]) -> Losses:
+        """The hinge of the global batch, and its value where all similarities are equal."""
+        image = self.model.encode_image(batch.image)
+        text = self.model.encode_text(batch.input_ids, batch.attention_mask)
+        similarity = gather(image.features.float()) @ gather(text.features.float()).T  # [G, G]
+        hardest = int(self.steps) >= self.config.mean_steps
+        margin = self.config.margin
+        loss = losses.hinge(similarity, gather(batch.image_id), margin, hardest)
+        return {"hinge": loss}, {"hinge": torch.tensor(2 * margin)}
+
+    def after_step(self) -> None:
+        """Count; once an optimiser step."""
+        self.steps += 1
