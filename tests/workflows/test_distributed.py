@@ -122,7 +122,7 @@ def test_training_is_that_of_one_process_on_the_joint_batch(
     for name, value in first.items():
         torch.testing.assert_close(value, last[name], rtol=0.05, atol=0.01)
     validation = [[r["dual"]["rsum"] for r in rows(f, "validation")] for f in (folder / "run", one)]
-    assert len(validation[0]) == len(validation[1]) == 3  # by the first process alone
+    assert len(validation[0]) == len(validation[1]) == 2  # by the first process alone
 
 
 def test_the_command_that_users_type(one: Path, scenes: Path, tmp_path: Path) -> None:

@@ -35,6 +35,10 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "byol-strided": ("vicvlm", {**BYOL, "masked_stride": 2, "itm_negatives": 2}, "cross_attention"),
     "pixel-concat": ("vicvlm", {**BYOL, "target": "pixel"}, "concat"),
     "retrieval": ("retrieval", {"itm_negatives": 2}, "concat"),
+    "clip": ("clip", {}, "none"),
+    "siglip": ("clip", {"loss": "sigmoid"}, "none"),
+    "vsepp": ("vsepp", {"mean_steps": 0}, "none"),
+    "vse0": ("vsepp", {}, "none"),
 }
 
 

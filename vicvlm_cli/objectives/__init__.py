@@ -21,6 +21,7 @@ from vicvlm_cli.errors import UsageError
 from vicvlm_cli.model.vlm import VLM
 from vicvlm_cli.objectives.clip import CLIP
 from vicvlm_cli.objectives.retrieval import Retrieval
+from vicvlm_cli.objectives.vicreg import TERMS, WithVICReg
 from vicvlm_cli.objectives.vicvlm import VicVLM
 from vicvlm_cli.objectives.vsepp import VSEPP
 
@@ -55,18 +56,25 @@ def create_objective(model: VLM, tokenizer: Tokenizer, config: TrainConfig) -> n
         UsageError: an unknown objective or option, or weights whose names are not its losses.
     """
     objective = _find(config.objective)
+    known = tuple(dict.fromkeys([*objective.LOSSES, *TERMS]))
     for name in config.losses:
-        if name not in objective.LOSSES:
-            close = difflib.get_close_matches(name, objective.LOSSES, n=1)
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {close[0]!r}? " if close else ""
             raise UsageError(
                 f"{config.objective} has no loss {name!r}: {hint}"
-                f"its losses are {', '.join(objective.LOSSES)}"
+                f"its losses are {', '.join(objective.LOSSES)}, and on any objective "
+                f"{', '.join(TERMS)}"
             )
     if not any(loss.at(0.0, step=1) > 0 for loss in config.losses.values()):
         raise UsageError(
             f"no loss of {config.objective} is on in every step, so that in some nothing would be "
             "trained: give one a weight above 0, with start = 0, ramp = 0 and every = 1"
         )
-    options = from_dict(objective.Config, config.options, "options")
-    return objective(model, tokenizer, options)
+    beside = any(name not in objective.LOSSES for name in config.losses)
+    options = dict(config.options)
+    expander = options.pop("expander", 0) if beside else 0
+    if not isinstance(expander, int) or isinstance(expander, bool) or expander < 0:
+        raise UsageError(f"options.expander is {expander!r}, not a width: a whole number, or 0")
+    made: nn.Module = objective(model, tokenizer, from_dict(objective.Config, options, "options"))
+    return WithVICReg(made, expander) if beside else made

@@ -25,6 +25,7 @@ from vicvlm_cli.objectives.masking import check_block, mask_patches, mask_words
 from vicvlm_cli.objectives.momentum import EmaTarget
 from vicvlm_cli.objectives.ranks import Noise, gather, global_mean
 from vicvlm_cli.objectives.retrieval import Losses
+from vicvlm_cli.objectives.vicreg import TERMS, vicreg_terms
 
 
 class _MaskedImage(NamedTuple):
@@ -141,7 +142,7 @@ class VicVLM(nn.Module):
         batch = Batch(**{k: v[rows] for k, v in batch.__dict__.items()})
         image = Encoded(image.features[rows], image.tokens[rows], None)
         text = Encoded(text.features[rows], text.tokens[rows], batch.attention_mask)
-        vicreg = not active.isdisjoint({"variance", "covariance", "invariance"})
+        vicreg = not active.isdisjoint(TERMS)
         pooled: dict[str, Tensor] = {}
         if vicreg:
             pooled["clean"] = (
@@ -166,7 +167,10 @@ class VicVLM(nn.Module):
             if "mlm" in active:
                 values["mlm"], trivial["mlm"] = mlm, guess
         if vicreg:
-            self._vicreg(pooled, active, values, trivial)
+            z = {name: gather(x.float()) for name, x in pooled.items()}
+            pairs = [(z["clean"], z["masked_image"]), (z["clean"], z["masked_text"])]
+            terms, guesses = vicreg_terms(list(z.values()), pairs, active)
+            values, trivial = {**values, **terms}, {**trivial, **guesses}
         return values, trivial
 
     def after_step(self) -> None:
@@ -235,28 +239,3 @@ class VicVLM(nn.Module):
             self.token_counts += torch.bincount(target, minlength=len(self.token_counts))
         frequency = self.token_counts / self.token_counts.sum()
         return loss, -frequency[target].log().mean(), fused.pooled
-
-    def _vicreg(
-        self,
-        pooled: dict[str, Tensor],
-        active: Set[str],
-        values: dict[str, Tensor],
-        trivial: dict[str, Tensor],
-    ) -> None:
-        """Variance and covariance of each of the three, invariance of the clean with the others."""
-        z = {name: gather(x.float()) for name, x in pooled.items()}
-        others = [z["masked_image"], z["masked_text"]]
-        terms = {
-            "variance": [losses.variance(x) for x in z.values()],
-            "covariance": [losses.covariance(x) for x in z.values()],
-            "invariance": [losses.invariance(z["clean"], x) for x in others],
-        }
-        with torch.no_grad():
-            guesses = {
-                "variance": [torch.ones(())],  # every pair at one point
-                "covariance": [losses.covariance_of_copies(x) for x in z.values()],
-                "invariance": [losses.invariance(z["clean"], x.roll(1, 0)) for x in others],
-            }
-        for name in active & set(terms):
-            values[name] = torch.stack(terms[name]).mean()
-            trivial[name] = torch.stack(guesses[name]).mean()

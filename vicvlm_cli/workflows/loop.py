@@ -48,11 +48,13 @@ class Position:
 def parameter_groups(objective: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
     """AdamW groups: the image encoder and the rest, each with and without weight decay."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    model: Any = objective.model
+    of_images = {id(p) for p in model.image_encoder.parameters()}
     for name, parameter in objective.named_parameters():
         if not parameter.requires_grad:
             continue
         lr = config.lr
-        if name.startswith("model.image_encoder.") and config.image_lr:
+        if id(parameter) in of_images and config.image_lr:
             lr = config.image_lr
         plain = parameter.ndim < 2 or any(word in name for word in NO_DECAY)
         groups.setdefault((lr, 0.0 if plain else config.weight_decay), []).append(parameter)

@@ -1,0 +1,59 @@
+"""The worked example of docs/methods.md is a method like any other."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import make_batch, make_model, make_tokenizer
+
+from vicvlm_cli.config import LossConfig, TrainConfig, load_config
+from vicvlm_cli.objectives import OBJECTIVES, create_objective, recipe_of
+from vicvlm_cli.objectives.ranks import Noise
+
+PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
+
+
+@pytest.fixture
+def barlow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL)
+    assert len(blocks) == 2 and len(blocks[0].splitlines()) < 60
+    monkeypatch.setitem(OBJECTIVES, "barlow", None)  # so that it is taken out again
+    (tmp_path / "barlow.py").write_text(blocks[0], "utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    exec(blocks[1], {"OBJECTIVES": OBJECTIVES, "Barlow": importlib.import_module("barlow").Barlow})
+    sys.modules.pop("barlow")
+
+
+def test_the_example_learns(barlow: None) -> None:
+    config = TrainConfig(objective="barlow", losses={"barlow": LossConfig()})
+    objective: Any = create_objective(make_model(fusion="none"), make_tokenizer(), config)
+    optimizer = torch.optim.AdamW([p for p in objective.parameters() if p.requires_grad], lr=3e-3)
+    values = []
+    for step in range(30):
+        losses, trivial = objective(make_batch(), Noise(0, step, torch.device("cpu")), {"barlow"})
+        optimizer.zero_grad()
+        losses["barlow"].backward()
+        optimizer.step()
+        objective.after_step()
+        values.append(float(losses["barlow"].detach()))
+    assert values[-1] < 0.5 * float(trivial["barlow"]) < values[0]
+
+
+def test_its_recipe_lies_over_a_preset(barlow: None) -> None:
+    config = load_config(
+        "vicvlm-tiny", overrides=["pretrain.objective=barlow"], recipe_of=recipe_of
+    )
+    assert config.model.fusion == "none" and set(config.pretrain.losses) == {"barlow"}
+    assert config.finetune.objective == "barlow"
+
+
+def test_every_method_is_in_the_table() -> None:
+    page = PAGE.read_text("utf-8")
+    for name in OBJECTIVES.keys() - {"retrieval"}:
+        assert f"| `{name}` |" in page, name

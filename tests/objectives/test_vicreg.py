@@ -1,0 +1,98 @@
+"""VICReg's terms beside any objective."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny import make_batch, make_model, make_tokenizer
+
+from vicvlm_cli.config import LossConfig, TrainConfig
+from vicvlm_cli.errors import UsageError
+from vicvlm_cli.objectives import OBJECTIVES, create_objective, losses, recipe_of
+from vicvlm_cli.objectives.ranks import Noise
+from vicvlm_cli.objectives.vicreg import TERMS, WithVICReg
+from vicvlm_cli.workflows.loop import parameter_groups
+
+NOISE = Noise(0, 0, torch.device("cpu"))
+
+
+def make(name: str = "clip", **options: Any) -> Any:
+    names = dict.fromkeys([*OBJECTIVES[name].LOSSES, *TERMS])
+    config = TrainConfig(
+        objective=name, options=options, losses={n: LossConfig() for n in names}, image_lr=1e-5
+    )
+    fusion = recipe_of(name).get("model", {}).get("fusion", "concat")
+    return create_objective(make_model(fusion=fusion), make_tokenizer(), config)
+
+
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "vicvlm"])
+def test_the_terms_stand_beside_every_objective(name: str) -> None:
+    objective = make(name).eval()
+    assert isinstance(objective, WithVICReg)
+    first = OBJECTIVES[name].LOSSES[0]
+    assert tuple(objective.LOSSES) == (*OBJECTIVES[name].LOSSES, *TERMS)
+    values, trivial = objective(make_batch(), NOISE, {first, *TERMS})
+    assert set(values) == set(trivial) == {first, *TERMS}
+    plain = create_objective(
+        objective.model,
+        make_tokenizer(),
+        TrainConfig(objective=name, losses={n: LossConfig() for n in OBJECTIVES[name].LOSSES}),
+    ).eval()
+    alone, _ = plain(make_batch(), NOISE, {first})
+    torch.testing.assert_close(values[first], alone[first])
+    assert set(objective(make_batch(), NOISE, {first, "variance"})[0]) == {first, "variance"}
+    assert set(objective(make_batch(), NOISE, {first})[0]) == {first}
+
+
+def test_the_terms_are_those_of_the_projections_of_the_clean_pair() -> None:
+    objective, batch = make(), make_batch()
+    model = objective.model
+    tokens = model.image_encoder(model.normalize(batch.image))
+    prefix = model.image_encoder.prefix
+    a = model.image_projection(tokens[:, 0] + tokens[:, prefix:].mean(1))
+    words = model.text_encoder(batch.input_ids, batch.attention_mask)
+    real = batch.attention_mask.unsqueeze(-1)
+    b = model.text_projection(words[:, 0] + (words * real).sum(1) / real.sum(1))
+    values, _ = objective(batch, NOISE, {"itc", *TERMS})
+    expected = (losses.variance(a) + losses.variance(b)) / 2
+    torch.testing.assert_close(values["variance"], expected)
+    expected = (losses.covariance(a) + losses.covariance(b)) / 2
+    torch.testing.assert_close(values["covariance"], expected)
+    torch.testing.assert_close(values["invariance"], losses.invariance(a, b))
+
+
+def test_the_expander_is_trained_and_no_part_of_the_model() -> None:
+    objective = make(expander=24).train()
+    assert sum(p.numel() for p in objective.expander.parameters()) == (
+        16 * 24 + 24 + 24 * 24 + 24 + 4 * 24 + 24 * 24
+    )
+    values, _ = objective(make_batch(), NOISE, {"itc", *TERMS})
+    torch.stack(list(values.values())).sum().backward()
+    for key, parameter in objective.named_parameters():
+        assert parameter.grad is not None, key
+    assert not any("expander" in key for key in objective.model.state_dict())
+    assert not [p for p in make().expander.parameters()]
+
+
+def test_the_image_encoder_keeps_its_own_rate() -> None:
+    objective = make()
+    config = TrainConfig(lr=1.0, image_lr=0.5)
+    rates = {id(p): g["lr"] for g in parameter_groups(objective, config) for p in g["params"]}
+    for parameter in objective.model.image_encoder.parameters():
+        assert rates[id(parameter)] == 0.5
+    assert rates[id(objective.model.text_projection.weight)] == 1.0
+
+
+def test_vicvlm_has_them_on_its_fused_features() -> None:
+    assert not isinstance(make("vicvlm", predictor_width=32), WithVICReg)
+
+
+def test_what_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"options\.expander is 'wide', not a width"):
+        make(expander="wide")
+    with pytest.raises(UsageError, match="VICReg needs two pairs or more a step"):
+        make()(make_batch(1), NOISE, {"itc", "variance"})
+    with pytest.raises(UsageError, match="VICReg needs two pairs or more a step"):
+        make("vicvlm", predictor_width=32, masked_stride=6)(make_batch(), NOISE, {"variance"})

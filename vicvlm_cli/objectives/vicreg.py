@@ -1,0 +1,118 @@
+"""VICReg beside any objective: its three terms on the two projections, by weight."""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vicvlm_cli.data.batches import Batch
+from vicvlm_cli.errors import UsageError
+from vicvlm_cli.model.vlm import VLM
+from vicvlm_cli.objectives import losses
+from vicvlm_cli.objectives.ranks import Noise, gather
+from vicvlm_cli.objectives.retrieval import Losses
+
+TERMS = ("variance", "covariance", "invariance")
+
+
+def vicreg_terms(
+    views: list[Tensor], pairs: list[tuple[Tensor, Tensor]], active: Set[str]
+) -> Losses:
+    """Variance and covariance of each view, invariance within each pair (VICReg, eq. 1 to 6).
+
+    Args:
+        views: features [G, D] of the batches of all processes.
+        pairs: which two of them belong together row by row.
+        active: the terms wanted.
+
+    Returns:
+        The terms, and what each is for features that tell nothing: all rows at one point, all
+        dimensions copies of one, features of other rows.
+
+    Raises:
+        UsageError: a single row has no variance.
+    """
+    if len(views[0]) < 2:
+        raise UsageError(
+            "VICReg needs two pairs or more a step: raise --batch-size, or lower "
+            "options.masked_stride"
+        )
+    terms = {
+        "variance": [losses.variance(x) for x in views],
+        "covariance": [losses.covariance(x) for x in views],
+        "invariance": [losses.invariance(a, b) for a, b in pairs],
+    }
+    with torch.no_grad():
+        guesses = {
+            "variance": [torch.ones(())],
+            "covariance": [losses.covariance_of_copies(x) for x in views],
+            "invariance": [losses.invariance(a, b.roll(1, 0)) for a, b in pairs],
+        }
+    wanted = [name for name in TERMS if name in active]
+    return (
+        {name: torch.stack(terms[name]).mean() for name in wanted},
+        {name: torch.stack(guesses[name]).mean() for name in wanted},
+    )
+
+
+class WithVICReg(nn.Module):
+    """An objective, and VICReg (arXiv 2105.04906) on the pictures' and the captions' projections.
+
+    The features are those of the objective's own first pass over the pair, before they get unit
+    length: nothing is encoded twice. They may go through an expander first (sec. 3.2).
+
+    Args:
+        objective: what else is trained; it owns the model.
+        expander: width of the expander's layers; 0: no expander.
+    """
+
+    def __init__(self, objective: Any, expander: int) -> None:
+        super().__init__()
+        self.objective: Any = objective
+        self.LOSSES: tuple[str, ...] = (*objective.LOSSES, *TERMS)
+        width = self.model.config.projection_dim
+        self.expander = _expander(width, expander) if expander else nn.Identity()
+        self._seen: dict[str, Tensor] = {}
+        for name in ("image_projection", "text_projection"):
+            self.model.get_submodule(name).register_forward_hook(self._keeper(name))
+
+    @property
+    def model(self) -> VLM:
+        """The model that the objective owns."""
+        model: VLM = self.objective.model
+        return model
+
+    def _keeper(self, name: str) -> Any:
+        def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            self._seen.setdefault(name, output)  # the first pass is over the pair as it is
+
+        return keep
+
+    def forward(self, batch: Batch, noise: Noise, active: Set[str]) -> Losses:
+        """The objective's losses in ``active`` and VICReg's, each with its trivial value."""
+        self._seen.clear()
+        values, trivial = self.objective(batch, noise, active - set(TERMS))
+        if not active.isdisjoint(TERMS):
+            # Gathered first: the expander's batch norm is that of the global batch.
+            a, b = (
+                self.expander(gather(self._seen[name].float())).float()
+                for name in ("image_projection", "text_projection")
+            )
+            terms, guesses = vicreg_terms([a, b], [(a, b)], active)
+            values, trivial = {**values, **terms}, {**trivial, **guesses}
+        self._seen.clear()
+        return values, trivial
+
+    def after_step(self) -> None:
+        """The objective's own; once an optimiser step."""
+        self.objective.after_step()
+
+
+def _expander(width: int, expanded: int) -> nn.Module:
+    layers: list[nn.Module] = []
+    for inner in (width, expanded):
+        layers += [nn.Linear(inner, expanded), nn.BatchNorm1d(expanded), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(expanded, expanded, bias=False))
