@@ -33,7 +33,7 @@ endif
 # The demo remembers its own data, checkpoint and gallery, and leaves yours alone.
 demo: export VICVLM_STATE := $(CURDIR)/demo/state.json
 demo: export HF_HUB_OFFLINE := 1
-demo: $(STAMP)  ## Prepare, pretrain, finetune, evaluate, embed, retrieve; some 5 1/2 minutes
+demo: $(STAMP)  ## Prepare, pretrain, finetune, evaluate, embed, retrieve; 5 minutes at most
 	@rm -rf demo
 	vicvlm prepare scenes demo
 	vicvlm pretrain --target byol --output demo/pretrained

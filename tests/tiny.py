@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
+import tempfile
+from functools import cache
+from pathlib import Path
 from typing import Any
 
+import timm
 import torch
+from safetensors.torch import save_file
 
 from vicvlm_cli.config import ModelConfig
 from vicvlm_cli.data.batches import Batch
@@ -68,6 +74,17 @@ def make_batch(rows: int = 6, seed: int = 0, size: int = 32) -> Batch:
         image_id=torch.arange(rows),
         flip_ok=torch.ones(rows, dtype=torch.bool),
     )
+
+
+@cache
+def teacher_weights() -> str:
+    """A file of the smallest of timm's models, ``test_vit``, random."""
+    folder = tempfile.TemporaryDirectory(prefix="teacher-")
+    atexit.register(folder.cleanup)
+    torch.manual_seed(3)
+    file = Path(folder.name) / "vit.safetensors"
+    save_file(timm.create_model("test_vit").state_dict(), file)
+    return str(file)
 
 
 def pad(batch: Batch, more: int, seed: int = 1) -> Batch:

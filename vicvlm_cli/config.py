@@ -55,7 +55,7 @@ class ModelConfig:
     vocab_size: int = 8000
     max_tokens: int = 32
     projection_dim: int = 256
-    fusion: str = "concat"  # or "cross_attention", or "none": a dual encoder alone
+    fusion: str = "concat"  # cross_attention, co_attention; of a dual encoder alone: shared, none
     temperature: float = 0.07
 
 
@@ -131,7 +131,7 @@ class Config:
 CHOICES = {
     "model.image_pool": ("mean", "max"),
     "model.image_positions": ("learned", "sincos"),
-    "model.fusion": ("concat", "cross_attention", "none"),
+    "model.fusion": ("concat", "cross_attention", "co_attention", "shared", "none"),
     "data.captions": ("all", "one"),
     "pretrain.precision": ("auto", "no", "bf16", "fp16"),
     "finetune.precision": ("auto", "no", "bf16", "fp16"),

@@ -46,6 +46,14 @@ Target = Annotated[
 Contrast = Annotated[
     Literal["softmax", "sigmoid"] | None, _option("clip: which loss. [default: softmax]", "--loss")
 ]
+Variant = Annotated[
+    Literal["paper", "seed"] | None,
+    _option("mamo: as published, or VicVLM's first baseline. [default: paper]", "--variant"),
+]
+Teacher = Annotated[str | None, _option("s_smke: any timm model, to learn from.")]
+TeacherWeights = Annotated[
+    str | None, _option("s_smke: the teacher's, a local file or 'hub'. [default: hub]")
+]
 Objective = Annotated[str | None, _option("The method. [default: vicvlm]")]
 Preset = Annotated[str | None, _option("Named settings. [default: by the data set]")]
 ConfigFile = Annotated[Path | None, _option("TOML file of settings, laid over the preset.")]

@@ -57,7 +57,12 @@ def scripted(rsums: list[float], patch: pytest.MonkeyPatch) -> list[dict[str, Te
 
 @pytest.mark.parametrize(
     ("select", "rsums", "kept"),
-    [("best", [10, 30, 20], 1), ("best", [30, 10, 30], 0), ("last", [10, 30, 20], 2)],
+    [
+        ("best", [0, 10, 30, 20], 2),
+        ("best", [10, 20, 20, 30], 3),
+        ("best", [30, 10, 30, 20], 0),  # what it came from was better
+        ("last", [10, 30, 20], 2),
+    ],
 )
 def test_the_weights_kept_are_the_best_or_the_last(
     select: str,
@@ -73,14 +78,16 @@ def test_the_weights_kept_are_the_best_or_the_last(
     result = finetune(
         pretrained.checkpoint, scenes, overrides=settings, output=tmp_path / "f", progress=QUIET
     )
-    assert not equal(seen[0], seen[1]) and not equal(seen[1], seen[2])
+    number = len(rsums)
+    assert all(not equal(seen[i], seen[i + 1]) for i in range(number - 1))
     assert equal(weights(tmp_path / "f"), seen[kept])
-    if kept == 2:
-        assert len(seen) == 3 and result.rerank_weight == 7.0
+    if kept == number - 1:
+        assert len(seen) == number and result.rerank_weight == 7.0
     else:  # the kept weights are re-ranked after the end, and keep the place of their row
-        assert len(seen) == 4 and equal(seen[3], seen[kept])
+        assert len(seen) == number + 1 and equal(seen[number], seen[kept])
         assert result.validation[kept]["reranked"] and result.rerank_weight != 7.0
-    assert [row["step"] for row in result.validation] == [6, 12, 18]
+    # Fine-tuning that keeps the best begins by measuring where it starts from.
+    assert [row["step"] for row in result.validation] == [0, 6, 12, 18][-number:]
     assert {row.name for row in result.losses} == {"itc", "itm"}
     info = load_model(result.checkpoint, device="cpu").info
     assert info.objective == "retrieval"

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from tiny import make_batch, make_model, make_tokenizer
+from tiny import make_batch, make_model, make_tokenizer, teacher_weights
 from tiny_training import TINY
 from torch import Tensor
 from torch.multiprocessing.spawn import start_processes
@@ -29,6 +29,7 @@ from vicvlm_cli.workflows import train
 CPU = torch.device("cpu")
 ROWS = 4  # of each process
 BYOL = {"target": "byol", "predictor_width": 32}
+TEACHER = {"teacher": "test_vit", "teacher_weights": teacher_weights()}
 CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "byol-concat": ("vicvlm", BYOL, "concat"),
     "byol-cross": ("vicvlm", BYOL, "cross_attention"),
@@ -39,6 +40,11 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "siglip": ("clip", {"loss": "sigmoid"}, "none"),
     "vsepp": ("vsepp", {"mean_steps": 0}, "none"),
     "vse0": ("vsepp", {}, "none"),
+    "mamo": ("mamo", {}, "concat"),
+    "mamo-seed": ("mamo", {"variant": "seed"}, "concat"),
+    "maskvlm": ("maskvlm", {"decoder_depth": 1}, "co_attention"),
+    "albef": ("albef", {"queue_size": 7, "alpha_steps": 0}, "cross_attention"),
+    "s_smke": ("s_smke", TEACHER, "shared"),
 }
 
 

@@ -1,7 +1,7 @@
 """Fusion encoders: image tokens and text tokens into multimodal ones.
 
 Each is a module with ``forward(image, image_mask, text, text_mask) -> Fused`` and an entry in
-``FUSIONS``. Both run over transformers' BERT, given embeddings in place of ids, so that the last
+``FUSIONS``. All run over transformers' BERT, given embeddings in place of ids, so that the last
 layers of a pretrained BERT can be loaded into them. Padding cannot change any output.
 """
 
@@ -56,6 +56,48 @@ def _bert(config: BertConfig, layers: int, positions: int, cross_attention: bool
     return bert
 
 
+def _attend(
+    layers: Any, tokens: Tensor, mask: Tensor | None, context: Tensor, context_mask: Tensor | None
+) -> Tensor:
+    """Tokens [B, N, D] through layers that attend to them and to ``context`` [B, M, D]."""
+    # The layers alone: the whole BertModel would mask the future, as in a decoder, and its releases
+    # do not agree on which ready-made masks they take instead. The layers do so too without a mask.
+    if mask is None:
+        mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+    out: Tensor = layers(
+        tokens,
+        attention_mask=_additive(mask, tokens.dtype),
+        encoder_hidden_states=context,
+        encoder_attention_mask=(
+            None if context_mask is None else _additive(context_mask, tokens.dtype)
+        ),
+    ).last_hidden_state
+    return out
+
+
+class CrossAttentionLayers(nn.Module):
+    """BERT layers whose tokens attend to each other, then to the tokens of another modality.
+
+    Nothing is added to what goes in: it must know its own places.
+    """
+
+    def __init__(self, config: BertConfig, layers: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.encoder: Any = _bert(config, layers, 0, cross_attention=True).encoder
+
+    def forward(
+        self, tokens: Tensor, mask: Tensor | None, context: Tensor, context_mask: Tensor | None
+    ) -> Tensor:
+        """Tokens [B, N, D], context [B, M, D] and bool masks (True = real, None: all) to [B, N, D].
+
+        The context goes to all layers as it is.
+        """
+        tokens = self.dropout(self.norm(tokens))
+        return _attend(self.encoder, tokens, mask, context, context_mask)
+
+
 class ConcatFusion(nn.Module):
     """[CLS] + image tokens + text tokens through BERT layers (VicVLM, MAMO).
 
@@ -97,7 +139,7 @@ class ConcatFusion(nn.Module):
 class CrossAttentionFusion(nn.Module):
     """Text tokens that attend to image tokens (ALBEF, arXiv 2107.07651, sec. 3.1).
 
-    The cheaper of the two: only the words run through the layers. There are no image outputs; the
+    The cheapest: only the words run through the layers. There are no image outputs; the
     pooled feature is the mean over the real words.
     """
 
@@ -112,17 +154,61 @@ class CrossAttentionFusion(nn.Module):
         self, image: Tensor, image_mask: Tensor | None, text: Tensor, text_mask: Tensor
     ) -> Fused:
         """Image [B, N, D_i], text [B, L, D] and bool masks (True = real) to :class:`Fused`."""
-        # Part by part: the whole BertModel would mask the future, as in a decoder, and its releases
-        # do not agree on which ready-made masks they take instead.
         bert: Any = self.bert
-        seen = None if image_mask is None else _additive(image_mask, text.dtype)
-        out = bert.encoder(
-            bert.embeddings(inputs_embeds=text),
-            attention_mask=_additive(text_mask, text.dtype),
-            encoder_hidden_states=self.image_projection(image),
-            encoder_attention_mask=seen,
-        ).last_hidden_state
+        words = bert.embeddings(inputs_embeds=text)
+        out = _attend(bert.encoder, words, text_mask, self.image_projection(image), image_mask)
         return Fused(pooled=masked_mean(out, text_mask), text=out, image=None)
 
 
-FUSIONS = {"concat": ConcatFusion, "cross_attention": CrossAttentionFusion}
+class CoAttentionFusion(nn.Module):
+    """Two streams that attend to each other's modality (MaskVLM, arXiv 2208.02131, fig. 2).
+
+    Text tokens attend to the image encoder's tokens, as in :class:`CrossAttentionFusion`, and image
+    tokens to the text encoder's; each stream has ``layers`` layers of its own. A pretrained BERT's
+    go to the text stream. Image tokens get no positions here: the ViT gave them theirs, which stay
+    right where patches are left out. The pooled feature is a linear map of both class tokens side
+    by side, so that a linear head on it is one on their concatenation, which is what the paper
+    matches with.
+    """
+
+    def __init__(
+        self, config: BertConfig, layers: int, image_width: int, image_tokens: int
+    ) -> None:
+        super().__init__()
+        self.bert = _bert(config, layers, 0, cross_attention=True)
+        self.image_stream = CrossAttentionLayers(config, layers)
+        self.image_projection = nn.Linear(image_width, config.hidden_size)
+        self.pool = nn.Linear(2 * config.hidden_size, config.hidden_size)
+
+    def fuse_text(
+        self, image: Tensor, image_mask: Tensor | None, text: Tensor, text_mask: Tensor
+    ) -> Tensor:
+        """The text stream alone, [B, L, D]: a fraction of the cost where only words are read."""
+        return self._text_stream(self.image_projection(image), image_mask, text, text_mask)
+
+    def forward(
+        self, image: Tensor, image_mask: Tensor | None, text: Tensor, text_mask: Tensor
+    ) -> Fused:
+        """Image [B, N, D_i], text [B, L, D] and bool masks (True = real) to :class:`Fused`.
+
+        The first token of each modality is its class token.
+        """
+        patches = self.image_projection(image)
+        words = self._text_stream(patches, image_mask, text, text_mask)
+        seen = self.image_stream(patches, image_mask, text, text_mask)
+        pooled = self.pool(torch.cat([seen[:, 0], words[:, 0]], dim=1))
+        return Fused(pooled=pooled, text=words, image=seen)
+
+    def _text_stream(
+        self, patches: Tensor, image_mask: Tensor | None, text: Tensor, text_mask: Tensor
+    ) -> Tensor:
+        bert: Any = self.bert
+        words = bert.embeddings(inputs_embeds=text)
+        return _attend(bert.encoder, words, text_mask, patches, image_mask)
+
+
+FUSIONS = {
+    "concat": ConcatFusion,
+    "cross_attention": CrossAttentionFusion,
+    "co_attention": CoAttentionFusion,
+}

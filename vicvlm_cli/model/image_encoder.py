@@ -74,19 +74,32 @@ class ImageEncoder(nn.Module):
         """Patches of one picture."""
         return self.grid[0] * self.grid[1]
 
-    def forward(self, image: Tensor, keep: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        image: Tensor,
+        keep: Tensor | None = None,
+        *,
+        hidden: Tensor | None = None,
+        mask_token: Tensor | None = None,
+    ) -> Tensor:
         """Normalised pictures to tokens.
 
         Args:
             image: float [B, 3, S, S], already normalised.
             keep: long [B, K], the patches to encode; the others are dropped before the first block
                 (He et al., arXiv 2111.06377, sec. 3). None: all.
+            hidden: bool [B, N], the patches that ``mask_token`` [width] stands in for, before
+                positions are added (BEiT, arXiv 2106.08254, sec. 2.3). None: none.
 
         Returns:
             [B, prefix + N or K, width], the class token first, after the final norm.
         """
         vit: Any = self.vit
-        x = vit.norm_pre(vit._pos_embed(vit.patch_embed(image)))  # [B, prefix + N, D]
+        x = vit.patch_embed(image)  # [B, N, D], or [B, H, W, D] where timm keeps the grid
+        if hidden is not None:
+            assert mask_token is not None
+            x = torch.where(hidden.view(x.shape[:-1]).unsqueeze(-1), mask_token.to(x.dtype), x)
+        x = vit.norm_pre(vit._pos_embed(x))  # [B, prefix + N, D]
         if keep is not None:
             patches = x[:, self.prefix :]
             index = keep.unsqueeze(-1).expand(-1, -1, x.shape[-1])

@@ -19,6 +19,7 @@ from vicvlm_cli.config import ModelConfig
 from vicvlm_cli.errors import UserError
 from vicvlm_cli.model.fusion import FUSIONS, Fused, masked_mean
 from vicvlm_cli.model.image_encoder import ImageEncoder, resolve_image_encoder
+from vicvlm_cli.model.shared import SharedBlock
 from vicvlm_cli.model.text_encoder import TextEncoder, bert_config, load_bert, load_half
 
 
@@ -27,11 +28,13 @@ class Encoded(NamedTuple):
 
     ``features`` [B, P] are L2-normalised projections; ``tokens`` [B, N, D] feed the fusion encoder
     (for pictures the class token comes first); ``mask`` [B, N] is True at real tokens, or None.
+    ``attended`` [B, D]: the first token after the attention of a shared block, if there is one.
     """
 
     features: Tensor
     tokens: Tensor
     mask: Tensor | None
+    attended: Tensor | None = None
 
 
 class VLM(nn.Module):
@@ -59,11 +62,16 @@ class VLM(nn.Module):
         self.text_encoder = TextEncoder(bert)
         image_tokens = self.image_encoder.prefix + self.image_encoder.num_patches
         self.fusion: nn.Module | None = None
-        if config.fusion != "none":
+        self.shared: SharedBlock | None = None
+        if config.fusion == "shared":
+            width = self.image_encoder.width
+            self.shared = SharedBlock(config.text_width, config.text_heads, width)
+        elif config.fusion != "none":
             self.fusion = FUSIONS[config.fusion](
                 bert, config.fusion_layers, self.image_encoder.width, image_tokens
             )
-        self.image_projection = nn.Linear(self.image_encoder.width, config.projection_dim)
+        image_width = config.text_width if self.shared else self.image_encoder.width
+        self.image_projection = nn.Linear(image_width, config.projection_dim)
         self.text_projection = nn.Linear(config.text_width, config.projection_dim)
         self.itm_head: nn.Linear | None = None
         if self.fusion is not None:
@@ -89,6 +97,8 @@ class VLM(nn.Module):
             image: uint8, or float in [0, 255], [B, 3, S, S] with S the configured image size.
         """
         tokens = self.image_encoder(self.normalize(image))
+        if self.shared is not None:
+            return self._share(self.shared, tokens, None, self.image_projection)
         # The class token and the pooled patches each carry what the other misses.
         patches = tokens[:, self.image_encoder.prefix :]
         pooled = patches.amax(dim=1) if self.config.image_pool == "max" else patches.mean(dim=1)
@@ -98,9 +108,18 @@ class VLM(nn.Module):
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
         """Encode captions: ``input_ids`` long [B, L], ``attention_mask`` bool [B, L]."""
         tokens = self.text_encoder(input_ids, attention_mask)
+        if self.shared is not None:
+            return self._share(self.shared, tokens, attention_mask, self.text_projection)
         pooled = tokens[:, 0] + masked_mean(tokens, attention_mask)
         features = F.normalize(self.text_projection(pooled), dim=-1)
         return Encoded(features, tokens, attention_mask)
+
+    def _share(
+        self, shared: SharedBlock, tokens: Tensor, mask: Tensor | None, projection: nn.Linear
+    ) -> Encoded:
+        attended, tokens = shared(tokens, mask, image=projection is self.image_projection)
+        features = F.normalize(projection(tokens[:, 0]), dim=-1)
+        return Encoded(features, tokens, mask, attended[:, 0])
 
     def fuse(
         self, image: Tensor, image_mask: Tensor | None, text: Tensor, text_mask: Tensor
@@ -149,7 +168,7 @@ def create_model(config: ModelConfig, vocab_size: int, max_tokens: int | None = 
     Raises:
         UserError: an encoder is unknown, does not fit, or its weights cannot be loaded.
     """
-    if config.fusion == "none":
+    if config.fusion in ("none", "shared"):
         config = replace(config, fusion_layers=0)
     name, weights, statistics = resolve_image_encoder(config.image_encoder, config.image_weights)
     resolved = replace(

@@ -19,8 +19,12 @@ from vicvlm_cli.config import TrainConfig, from_dict, merge
 from vicvlm_cli.data.tokenizer import Tokenizer
 from vicvlm_cli.errors import UsageError
 from vicvlm_cli.model.vlm import VLM
+from vicvlm_cli.objectives.albef import ALBEF
 from vicvlm_cli.objectives.clip import CLIP
+from vicvlm_cli.objectives.mamo import MAMO
+from vicvlm_cli.objectives.maskvlm import MaskVLM
 from vicvlm_cli.objectives.retrieval import Retrieval
+from vicvlm_cli.objectives.s_smke import SSMKE
 from vicvlm_cli.objectives.vicreg import TERMS, WithVICReg
 from vicvlm_cli.objectives.vicvlm import VicVLM
 from vicvlm_cli.objectives.vsepp import VSEPP
@@ -29,6 +33,10 @@ OBJECTIVES: dict[str, Any] = {
     "vicvlm": VicVLM,
     "clip": CLIP,
     "vsepp": VSEPP,
+    "mamo": MAMO,
+    "maskvlm": MaskVLM,
+    "albef": ALBEF,
+    "s_smke": SSMKE,
     "retrieval": Retrieval,
 }
 

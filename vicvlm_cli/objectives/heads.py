@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from vicvlm_cli.model.fusion import CrossAttentionLayers
 from vicvlm_cli.model.image_encoder import sincos_2d
+from vicvlm_cli.model.text_encoder import bert_config
 
 
 class PatchPredictor(nn.Module):
@@ -123,3 +125,30 @@ class MLMHead(nn.Module):
     def forward(self, tokens: Tensor, table: Tensor) -> Tensor:
         """[M, width] tokens and the [vocab_size, width] table to logits [M, vocab_size]."""
         return F.linear(self.transform(tokens), table, self.bias)
+
+
+class CrossAttentionPatchHead(nn.Module):
+    """Predicts hidden patches by layers that attend to all patches, then to the caption.
+
+    The image decoder of MaskVLM (arXiv 2208.02131, fig. 2).
+    """
+
+    def __init__(self, width: int, heads: int, depth: int, out_width: int, dropout: float) -> None:
+        super().__init__()
+        config = bert_config(vocab_size=1, width=width, heads=heads, layers=depth, dropout=dropout)
+        self.layers = CrossAttentionLayers(config, depth)
+        self.out = nn.Linear(width, out_width)
+
+    def forward(self, image: Tensor, at: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
+        """Predict from multimodal tokens.
+
+        Args:
+            image: [B, N, width], those of hidden patches among them.
+            at: long [B, M], the tokens to predict at.
+            text: [B, L, width], with bool ``text_mask`` [B, L].
+
+        Returns:
+            [B, M, out_width].
+        """
+        x = self.layers(image, None, text, text_mask)
+        return self.out(x.gather(1, at.unsqueeze(-1).expand(-1, -1, x.shape[-1])))

@@ -66,6 +66,21 @@ def hinge(similarity: Tensor, image_id: Tensor, margin: float, hardest: bool) ->
     return total
 
 
+def kd(logits: Tensor, image_id: Tensor, candidate_id: Tensor) -> Tensor:
+    """Contrastive distillation: each row finds its own picture among a teacher's (CRD, 1910.10699).
+
+    Args:
+        logits: [B, B + K]; candidate i is the teacher's feature of row i's picture for i < B, the
+            others are of earlier batches.
+        image_id: long [B], and ``candidate_id`` long [B + K]; other candidates of a row's own
+            picture are left out.
+    """
+    same = image_id[:, None] == candidate_id[None, :]
+    own = torch.arange(len(image_id), device=logits.device)
+    same[own, own] = False
+    return F.cross_entropy(logits.masked_fill(same, float("-inf")), own)
+
+
 def hard_negatives(similarity: Tensor, excluded: Tensor, noise: Tensor, number: int) -> Tensor:
     """Columns drawn without replacement from each row's softmax (ALBEF, sec. 3.2), [R, number].
 
@@ -173,3 +188,43 @@ def _covariance_matrix(z: Tensor) -> Tensor:
 def invariance(a: Tensor, b: Tensor) -> Tensor:
     """Mean squared distance of paired rows [B, D] (VICReg, eq. 5, averaged over dimensions)."""
     return F.mse_loss(a.float(), b.float())
+
+
+def soft_targets(positive: Tensor, belief: Tensor | None, alpha: float) -> Tensor:
+    """Momentum distillation's targets (ALBEF, 2107.07651, eq. 6 and 7): probabilities [R, C].
+
+    Args:
+        positive: bool [R, C], one or more in each row: they share ``1 - alpha`` equally.
+        belief: [R, C] logits of the momentum model, whose softmax gets ``alpha``; None: no share.
+    """
+    hard = positive.float() / positive.sum(dim=1, keepdim=True)
+    return hard if belief is None else (1 - alpha) * hard + alpha * belief.float().softmax(dim=1)
+
+
+def divergence_sum(logits: Tensor, target: Tensor) -> Tensor:
+    """KL divergence of softmax(``logits``) from ``target``, both [R, C], summed over the rows.
+
+    The cross entropy less the targets' own entropy: the same gradient, and 0 is the best there is,
+    however many positives share a row. With one positive a row it is the cross entropy.
+    """
+    return F.kl_div(logits.float().log_softmax(dim=1), target, reduction="sum")
+
+
+def l1_sum(prediction: Tensor, target: Tensor) -> Tensor:
+    """Absolute error [..., D], mean over D, summed over all else (L1; MAMO, 2210.04183, MIM)."""
+    return (prediction.float() - target).abs().mean(dim=-1).sum()
+
+
+def l1_trivial(target: Tensor, masked: Tensor) -> Tensor:
+    """:func:`mim_trivial` for :func:`l1_sum`: the same guess, its absolute error."""
+    rows = target.shape[0]
+    residual = target - target.mean(dim=0, keepdim=True)
+    residual = residual - residual.mean(dim=1, keepdim=True)
+    error = residual.abs().mean(dim=-1).gather(1, masked).mean()
+    return error * math.sqrt(rows / max(rows - 1, 1))  # the batch mean has seen the row itself
+
+
+def mean_trivial(target: Tensor) -> Tensor:
+    """Squared error of guessing the mean of [M, D] for each of its rows, mean over D and M."""
+    error = (target - target.mean(dim=0)).square().mean(dim=-1).sum()
+    return error / max(len(target) - 1, 1)  # the mean has seen the row itself

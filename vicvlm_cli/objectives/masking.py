@@ -83,3 +83,25 @@ def mask_words(
     by_word = torch.zeros(word.shape, dtype=torch.int32, device=word.device)
     by_word.scatter_add_(1, word, chosen_start.int())
     return by_word.gather(1, word).bool() & attention_mask & ~special[input_ids]
+
+
+def replace_hidden(
+    input_ids: Tensor, hidden: Tensor, special: Tensor, noise: Tensor, mask_id: int
+) -> Tensor:
+    """Of the hidden tokens 80 % masked, 10 % another and 10 % as they are (BERT, sec. 3.1).
+
+    Args:
+        input_ids: long [B, L].
+        hidden: bool [B, L].
+        special: bool [vocab_size], ids that are never put in for another.
+        noise: uniform [B, L, 2], for the choice and for the other token.
+        mask_id: what stands for a masked token.
+
+    Returns:
+        Long [B, L].
+    """
+    ordinary = (~special).nonzero().squeeze(1)
+    choice, draw = noise.unbind(dim=2)
+    other = ordinary[(draw * len(ordinary)).long().clamp(max=len(ordinary) - 1)]  # [B, L]
+    changed = torch.where(choice < 0.8, torch.full_like(input_ids, mask_id), other)
+    return torch.where(hidden & (choice < 0.9), changed, input_ids)

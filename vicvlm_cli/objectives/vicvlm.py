@@ -21,7 +21,8 @@ from vicvlm_cli.model.vlm import VLM, Encoded
 from vicvlm_cli.objectives import losses
 from vicvlm_cli.objectives.alignment import clamp_temperature, contrast, match, require_matching
 from vicvlm_cli.objectives.heads import JointPatchHead, MLMHead, PatchPredictor
-from vicvlm_cli.objectives.masking import check_block, mask_patches, mask_words
+from vicvlm_cli.objectives.masked_language import hide_words, token_kinds, word_loss
+from vicvlm_cli.objectives.masking import check_block, mask_patches
 from vicvlm_cli.objectives.momentum import EmaTarget
 from vicvlm_cli.objectives.ranks import Noise, gather, global_mean
 from vicvlm_cli.objectives.retrieval import Losses
@@ -110,10 +111,7 @@ class VicVLM(nn.Module):
         )
         self.mlm_head = MLMHead(width, model.config.vocab_size)
         self.mask_id = tokenizer.mask_id
-        special = torch.zeros(model.config.vocab_size, dtype=torch.bool)
-        special[list(tokenizer.special_ids())] = True
-        continuation = torch.zeros_like(special)
-        continuation[: tokenizer.vocab_size] = tokenizer.continuation()
+        special, continuation = token_kinds(tokenizer, model.config.vocab_size)
         self.register_buffer("special", special, persistent=False)
         self.register_buffer("continuation", continuation, persistent=False)
         # How often each token was a masked one: the trivial guess for masked language modelling.
@@ -218,24 +216,23 @@ class VicVLM(nn.Module):
         Returns:
             The loss, the trivial value, and (I, T') pooled [R, D].
         """
-        # Noise for max_tokens columns: as many whatever the longest caption of a process is.
-        length = batch.input_ids.shape[1]
-        draw = noise.rand(len(batch.input_ids), self.model.config.max_tokens)[:, :length]
-        hidden = mask_words(
-            batch.input_ids,
-            batch.attention_mask,
-            self.continuation,
+        ids, hidden = hide_words(
+            batch,
             self.special,
-            draw,
-            self.config.text_mask,
+            self.continuation,
+            noise,
+            ratio=self.config.text_mask,
+            max_tokens=self.model.config.max_tokens,
+            mask_id=self.mask_id,
         )
-        ids = batch.input_ids.masked_fill(hidden, self.mask_id)
         text = self.model.encode_text(ids, batch.attention_mask)
         fused = self.model.fuse(image.tokens, None, text.tokens, batch.attention_mask)
-        target = batch.input_ids[hidden]  # [M]
-        logits = self.mlm_head(fused.text[hidden], self.model.text_encoder.word_embeddings)
-        loss = global_mean(losses.mlm_sum(logits, target), len(target))
-        if self.training:
-            self.token_counts += torch.bincount(target, minlength=len(self.token_counts))
-        frequency = self.token_counts / self.token_counts.sum()
-        return loss, -frequency[target].log().mean(), fused.pooled
+        loss, guess = word_loss(
+            self.mlm_head,
+            fused.text[hidden],
+            self.model.text_encoder.word_embeddings,
+            batch.input_ids[hidden],
+            self.token_counts,
+            count=self.training,
+        )
+        return loss, guess, fused.pooled

@@ -204,6 +204,8 @@ def _train(job: Job, accelerator: Accelerator, progress: Progress) -> TrainResul
     metrics = Metrics(accelerator, job.run / "metrics.jsonl", job.position.losses)
     _say_what(job, accelerator, plan, progress)
     session = Session(job, accelerator, metrics, progress)
+    if job.kind == "finetune" and config.select == "best" and job.state is None:
+        session.validate()  # so that what is kept is never worse than what it came from
     run_loop(
         accelerator,
         objective,

@@ -1,0 +1,334 @@
+"""ALBEF: soft targets against slow formulas, its momentum model, its queues and its ramp."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from tiny import make_batch, make_model, make_tokenizer
+from torch import Tensor
+
+from vicvlm_cli.config import LossConfig, TrainConfig
+from vicvlm_cli.data.batches import Batch
+from vicvlm_cli.errors import UsageError, UserError
+from vicvlm_cli.objectives import create_objective, losses
+from vicvlm_cli.objectives.albef import ALBEF
+from vicvlm_cli.objectives.masking import mask_words, replace_hidden
+from vicvlm_cli.objectives.ranks import Noise
+
+CPU = torch.device("cpu")
+IDS = [0, 1, 0, 3]  # rows 0 and 2 show one picture
+ALPHAS = pytest.mark.parametrize("alpha", [0.0, 0.4])
+
+
+def make(fusion: str = "cross_attention", **options: Any) -> Any:
+    config = TrainConfig(
+        objective="albef",
+        options={"alpha_steps": 0, "queue_size": 7, **options},
+        losses={name: LossConfig() for name in ALBEF.LOSSES},
+    )
+    return create_objective(make_model(fusion=fusion), make_tokenizer(), config).train()
+
+
+def some(ids: list[int], seed: int = 0) -> Batch:
+    batch = make_batch(len(ids), seed)
+    batch.image_id = torch.tensor(ids)
+    return batch
+
+
+def apart(objective: Any) -> Any:
+    """The momentum model away from the online one, so that it matters which of them is asked."""
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for ema in (objective.target, objective.head_target):
+            for parameter in ema.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return objective
+
+
+def fill(objective: Any) -> Any:
+    """Three and three rows into the queues of seven, two of them of pictures of ``IDS``."""
+    for seed, ids in ((1, [8, 0, 9]), (2, [3, 0, 5])):
+        objective(some(ids, seed), Noise(0, 0, CPU), set())
+        objective.after_step()
+    return objective
+
+
+def divergence(scores: Tensor, target: list[Any]) -> Tensor:
+    """Sum of t log(t / p) over one row of scores [C]."""
+    p = scores.exp() / scores.exp().sum()
+    terms = [t * (math.log(float(t)) - p[j].log()) for j, t in enumerate(target) if float(t) > 0]
+    return torch.stack([torch.as_tensor(term) for term in terms]).sum()
+
+
+def blend(hard: list[float], belief: Tensor, alpha: float) -> list[float]:
+    soft = (belief.exp() / belief.exp().sum()).tolist()
+    return [(1 - alpha) * h + alpha * s for h, s in zip(hard, soft, strict=True)]
+
+
+def slow_itc(objective: Any, batch: Batch, alpha: float) -> tuple[Tensor, float]:
+    """ITC row by row and way by way, and what equal scores give."""
+    words = (batch.input_ids, batch.attention_mask)
+    model, momentum = objective.model, objective.target.module
+    online = [model.encode_image(batch.image).features, model.encode_text(*words).features]
+    with torch.no_grad():
+        slow = [momentum.encode_image(batch.image).features, momentum.encode_text(*words).features]
+    queues = [objective.image_queue, objective.text_queue]
+    ids = batch.image_id.tolist()
+    number = min(int(queues[0].pushed), objective.config.queue_size)
+    of = ids + queues[0].image_id[:number].tolist()
+    total, trivial = torch.zeros(()), 0.0
+    for way in (0, 1):
+        other = 1 - way
+        candidates = [*slow[other], *queues[other].features[:number]]
+        for i in range(len(ids)):
+            scale = model.logit_scale.exp()
+            scores = torch.stack([scale * online[way][i] @ c for c in candidates])
+            belief = torch.stack([scale * slow[way][i] @ c for c in candidates]).detach()
+            own = [j for j in range(len(of)) if of[j] == ids[i]]
+            hard = [1 / len(own) if j in own else 0.0 for j in range(len(of))]
+            target = blend(hard, belief, alpha)
+            total = total + divergence(scores, target)
+            trivial += float(divergence(torch.zeros(len(of)), target))
+    return total / (2 * len(ids)), trivial / (2 * len(ids))
+
+
+def assert_same_gradient(objective: Any, value: Tensor, expected: Tensor) -> None:
+    named = {k: p for k, p in objective.named_parameters() if p.requires_grad}
+    ours, theirs = (
+        torch.autograd.grad(x, list(named.values()), allow_unused=True) for x in (value, expected)
+    )
+    assert sum(g is not None for g in ours) > 20
+    for name, a, b in zip(named, ours, theirs, strict=True):
+        assert (a is None) == (b is None), name
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@ALPHAS
+def test_itc_is_the_slow_formula_with_queues_and_pictures(alpha: float) -> None:
+    objective, batch = fill(apart(make(alpha=alpha, ema_decay=1.0))), some(IDS)
+    values, trivial = objective(batch, Noise(0, 0, CPU), {"itc"})
+    assert set(values) == set(trivial) == {"itc"}
+    assert objective.image_queue.filled()[1].tolist() == [8, 0, 9, 3, 0, 5]
+    expected, guess = slow_itc(objective, batch, alpha)
+    torch.testing.assert_close(values["itc"], expected, rtol=1e-4, atol=1e-5)
+    assert float(trivial["itc"]) == pytest.approx(guess, rel=1e-4)
+    assert_same_gradient(objective, values["itc"], expected)
+
+
+def test_alone_it_is_the_plain_loss_of_the_batch() -> None:
+    objective = make(alpha=0.0, ema_decay=0.0, queue_size=0)
+    with torch.no_grad():
+        for parameter in objective.model.parameters():
+            parameter.mul_(1.1)
+    objective.after_step()  # the momentum model is the online one again
+    for ids in ([0, 1, 2, 3], IDS):
+        batch = some(ids)
+        values, trivial = objective(batch, Noise(0, 0, CPU), set())
+        image = objective.model.encode_image(batch.image).features
+        text = objective.model.encode_text(batch.input_ids, batch.attention_mask).features
+        similarity = objective.model.logit_scale.exp() * image @ text.T
+        positives = [[j for j in range(4) if ids[j] == i] for i in ids]
+        cross, entropy = 0.0, 0.0
+        for i, own in enumerate(positives):
+            for line in (similarity[i], similarity[:, i]):
+                cross -= float(line.log_softmax(0)[own].mean().detach()) / 8
+            entropy += math.log(len(own)) / 4
+        # Less what no guess could get below, where captions share a picture.
+        assert float(values["itc"].detach()) == pytest.approx(cross - entropy, rel=1e-4)
+        assert float(trivial["itc"]) == pytest.approx(math.log(4) - entropy, rel=1e-4)
+        if entropy == 0:
+            plain = losses.itc(similarity, batch.image_id)
+            torch.testing.assert_close(values["itc"], plain, rtol=1e-4, atol=1e-5)
+
+
+def test_the_parts_of_the_soft_loss() -> None:
+    positive = torch.tensor([[True, False, True], [False, True, False]])
+    belief = torch.tensor([[0.0, 1.0, 2.0], [3.0, -1.0, 0.0]])
+    hard = [[0.5, 0.0, 0.5], [0.0, 1.0, 0.0]]
+    assert losses.soft_targets(positive, None, 0.3).tolist() == hard
+    target = losses.soft_targets(positive, belief, 0.3)
+    expected = [blend(h, b, 0.3) for h, b in zip(hard, belief, strict=True)]
+    torch.testing.assert_close(target, torch.tensor(expected))
+    logits = torch.tensor([[1.0, 0.0, -2.0], [0.5, 0.0, 2.0]], requires_grad=True)
+    value = losses.divergence_sum(logits, target)
+    slow = sum((divergence(x, t) for x, t in zip(logits, expected, strict=True)), torch.zeros(()))
+    torch.testing.assert_close(value, slow)
+    (gradient,) = torch.autograd.grad(value, logits)
+    torch.testing.assert_close(gradient, logits.softmax(1) - target)  # as of cross entropy
+    assert float(losses.divergence_sum(target.log(), target)) == pytest.approx(0, abs=1e-6)
+    assert float(losses.divergence_sum(torch.zeros(0, 3), target[:0])) == 0
+
+
+def drawn(objective: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The captions shown and the positions hidden for Noise(0, 0), without ITM."""
+    noise, length = Noise(0, 0, CPU), batch.input_ids.shape[1]
+    kinds = (objective.continuation, objective.special)
+    draw = noise.rand(len(batch.input_ids), 40)[:, :length]
+    ratio = objective.config.text_mask
+    hidden = mask_words(batch.input_ids, batch.attention_mask, *kinds, draw, ratio)
+    choice = noise.rand(len(batch.input_ids), 40, 2)[:, :length]
+    special, mask_id = objective.special, objective.mask_id
+    return replace_hidden(batch.input_ids, hidden, special, choice, mask_id), hidden
+
+
+@ALPHAS
+def test_mlm_is_the_slow_formula(alpha: float) -> None:
+    objective, batch = apart(make(alpha=alpha, text_mask=0.3)), some(IDS)
+    shown, hidden = drawn(objective, batch)
+    size = objective.model.config.vocab_size
+    counts = torch.ones(size).double() + torch.bincount(batch.input_ids[hidden], minlength=size)
+    frequency = (counts / counts.sum()).float()
+    terms, guesses = [], []
+    for row, place in hidden.nonzero().tolist():
+        logits = []
+        for model, head in (
+            (objective.model, objective.mlm_head),
+            (objective.target.module, objective.head_target.module),
+        ):
+            real = batch.attention_mask[row : row + 1]
+            tokens = model.encode_image(batch.image[row : row + 1]).tokens
+            words = model.text_encoder(shown[row : row + 1], real)
+            fused = model.fuse(tokens, None, words, real).text[0, place]
+            logits.append(head(fused, model.text_encoder.word_embeddings))
+        hard = [0.0] * size
+        hard[int(batch.input_ids[row, place])] = 1.0
+        target = blend(hard, logits[1].detach(), alpha)
+        terms.append(divergence(logits[0], target))
+        guesses.append(float(divergence(frequency.log(), target)))
+    values, trivial = objective(batch, Noise(0, 0, CPU), {"mlm"})
+    expected = torch.stack(terms).mean()
+    torch.testing.assert_close(values["mlm"], expected, rtol=1e-4, atol=1e-5)
+    assert float(trivial["mlm"]) == pytest.approx(sum(guesses) / len(guesses), rel=1e-4)
+    assert_same_gradient(objective, values["mlm"], expected)
+
+
+def test_hidden_words_are_shown_as_bert_shows_them() -> None:
+    special = torch.zeros(20, dtype=torch.bool)
+    special[:5] = True
+    ids = torch.randint(5, 20, (50, 400), generator=torch.Generator().manual_seed(0))
+    noise = torch.rand((50, 400, 2), generator=torch.Generator().manual_seed(1))
+    hidden = torch.rand((50, 400), generator=torch.Generator().manual_seed(2)) < 0.5
+    shown = replace_hidden(ids, hidden, special, noise, mask_id=4)
+    assert torch.equal(shown[~hidden], ids[~hidden])
+    now, before = shown[hidden], ids[hidden]
+    masked = now == 4
+    assert float(masked.float().mean()) == pytest.approx(0.8, abs=0.02)
+    # One in fifteen of the other tokens is the same one by chance.
+    same = (now == before).float().mean()
+    assert float(same) == pytest.approx(0.1 + 0.1 / 15, abs=0.015)
+    others = now[~masked & (now != before)].bincount(minlength=20)
+    assert not bool(others[:5].any()) and bool(others[5:].all())
+
+
+def test_the_ramp() -> None:
+    objective = make(alpha=0.4, alpha_steps=4)
+    seen = []
+    for _ in range(6):
+        seen.append(objective.alpha)
+        objective.after_step()
+    assert seen == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4, 0.4])
+    assert make(alpha=0.4, alpha_steps=0).alpha == 0.4
+    again = make(alpha=0.4, alpha_steps=4)
+    objective.steps.fill_(3)
+    again.load_state_dict(objective.state_dict())  # as a resumed run does
+    assert again.alpha == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(("alpha", "passes"), [(0.0, [1, 1, 0]), (0.4, [1, 2, 1])])
+def test_the_momentum_model_is_asked_no_more_than_counts(alpha: float, passes: list[int]) -> None:
+    objective = make(alpha=alpha)
+    model = objective.target.module
+    made = [0, 0, 0]
+    for i, module in enumerate((model.image_encoder, model.text_encoder, model.fusion)):
+
+        def count(*_: Any, i: int = i) -> None:
+            made[i] += 1
+
+        module.register_forward_hook(count)
+    objective(some(IDS), Noise(0, 0, CPU), {"mlm"})
+    assert made == passes
+
+
+def test_the_queues_get_the_momentum_features_of_all_batches_of_a_step() -> None:
+    objective = apart(make())
+    model = objective.target.module
+    expected: list[list[Tensor]] = [[], []]
+    batches = [some([4, 5, 4], 1), some([6, 7, 8], 2)]
+    with torch.no_grad():
+        for batch in batches:
+            expected[0].append(model.encode_image(batch.image).features)
+            text = model.encode_text(batch.input_ids, batch.attention_mask)
+            expected[1].append(text.features)
+    for batch in batches:  # gradients accumulate: one step of two batches
+        objective(batch, Noise(0, 0, CPU), set())
+        assert len(objective.image_queue.filled()[1]) == 0  # nor do they meet each other
+    objective.after_step()
+    queues = (objective.image_queue, objective.text_queue)
+    for queue, features in zip(queues, expected, strict=True):
+        held, image_id = queue.filled()
+        torch.testing.assert_close(held, torch.cat(features))
+        assert image_id.tolist() == [4, 5, 4, 6, 7, 8]
+    objective.after_step()
+    assert int(objective.image_queue.pushed) == 6  # each batch once
+
+
+def test_the_momentum_model_follows() -> None:
+    objective = make(ema_decay=0.75)
+    pairs = [(objective.target, objective.model), (objective.head_target, objective.mlm_head)]
+    before = [[p.clone() for p in ema.parameters()] for ema, _ in pairs]
+    for _, online in pairs:
+        with torch.no_grad():
+            for parameter in online.parameters():
+                parameter.add_(1.0)
+    objective.after_step()
+    for (ema, online), old in zip(pairs, before, strict=True):
+        names = [name for name, _ in online.named_parameters()]
+        for name, a, b in zip(names, old, ema.parameters(), strict=True):
+            if name != "logit_scale":  # the online one was bounded before
+                torch.testing.assert_close(b, a + 0.25, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_nothing_moves_in_evaluation() -> None:
+    objective = fill(make()).eval()
+    before = {k: v.clone() for k, v in objective.state_dict().items()}
+    with torch.no_grad():
+        for parameter in objective.model.parameters():
+            parameter.add_(0.01)
+    objective(some(IDS), Noise(0, 0, CPU), set(ALBEF.LOSSES))
+    objective.after_step()
+    for name, value in objective.state_dict().items():
+        if not name.startswith("model."):
+            assert torch.equal(value, before[name]), name
+    objective.train().after_step()
+    assert int(objective.image_queue.pushed) == 6  # and nothing was kept for later
+
+
+def test_a_picture_is_no_negative_of_its_own_captions() -> None:
+    objective = make()
+    objective(some([0, 1, 0, 0]), Noise(0, 0, CPU), {"itm"})
+    with pytest.raises(UserError, match="too few other pictures"):
+        objective(some([2, 2, 2, 2]), Noise(0, 0, CPU), {"itm"})
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"fusion": "none"}, "albef matches pairs in a fusion encoder"),
+        ({"queue_size": -1}, "options.queue_size must be 0 or more"),
+        ({"alpha_steps": -5}, "options.alpha_steps must be 0 or more"),
+        ({"alpha": 1.5}, "options.alpha must be from 0 to 1"),
+        ({"ema_decay": -0.1}, "options.ema_decay must be from 0 to 1"),
+        ({"text_mask": 0.0}, "options.text_mask must be between 0 and 1"),
+        ({"itm_negatives": 0}, "options.itm_negatives is 0, and must be above 0"),
+        ({"queue_size": 4.5}, "options.queue_size is 4.5, not a whole number"),
+        ({"queue": 8}, "did you mean 'queue_size'?"),
+    ],
+)
+def test_what_is_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        make(**options)
+    assert words in str(caught.value)

@@ -1,0 +1,150 @@
+"""S-SMKE: the shared block, the teacher, its bank, and the distillation."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from tiny import make_batch, make_model, make_tokenizer, pad, teacher_weights
+
+from vicvlm_cli.config import LossConfig, TrainConfig
+from vicvlm_cli.errors import UsageError, UserError
+from vicvlm_cli.objectives import create_objective, losses
+from vicvlm_cli.objectives.ranks import Noise
+from vicvlm_cli.objectives.s_smke import Teacher
+
+CPU = torch.device("cpu")
+BOTH = {"itc", "kd"}
+
+
+@pytest.fixture(scope="module")
+def weights() -> str:
+    return teacher_weights()
+
+
+def make(weights: str, fusion: str = "shared", **options: Any) -> Any:
+    options = {"teacher": "test_vit", "teacher_weights": weights, "bank_size": 8, **options}
+    config = TrainConfig(
+        objective="s_smke", options=options, losses={name: LossConfig() for name in BOTH}
+    )
+    return create_objective(make_model(fusion=fusion), make_tokenizer(), config).train()
+
+
+def test_the_shared_block_is_timms_and_both_its_outputs_come_out() -> None:
+    model, batch = make_model(fusion="shared"), make_batch()
+    assert model.shared is not None and not model.can_match
+    image = model.encode_image(batch.image)
+    tokens = model.image_encoder(model.normalize(batch.image))
+    shared = model.shared
+    inside = shared.image_input(tokens) + shared.kind_embedding[1] * shared.kind_scale
+    torch.testing.assert_close(image.tokens, shared.block(inside))
+    assert image.attended is not None and image.attended.shape == (6, 32)
+    expected = inside + shared.block.ls1(shared.block.attn(shared.block.norm1(inside)))
+    torch.testing.assert_close(image.attended, expected[:, 0])
+    length = torch.ones(6)
+    torch.testing.assert_close(image.features.norm(dim=1), length)
+    assert torch.allclose(shared.kind_scale, torch.tensor(1e-5))
+
+
+def test_padding_changes_no_feature_of_a_shared_block() -> None:
+    model, batch = make_model(fusion="shared"), make_batch()
+    longer = pad(batch, 5)
+    one = model.encode_text(batch.input_ids, batch.attention_mask)
+    two = model.encode_text(longer.input_ids, longer.attention_mask)
+    torch.testing.assert_close(one.features, two.features)
+    torch.testing.assert_close(one.attended, two.attended)
+
+
+def test_the_teacher_is_timms_own_forward_and_never_learns(weights: str) -> None:
+    teacher = Teacher("test_vit", weights).train()
+    network = timm.create_model("test_vit", num_classes=0).eval()
+    own = {k: v for k, v in timm.models.load_state_dict(weights).items() if "head" not in k}
+    network.load_state_dict(own)
+    image = torch.randint(256, (2, 3, 160, 160), dtype=torch.uint8)
+    expected = network((image / 255 - 0.5) / 0.5)
+    expected = expected / expected.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(teacher(image), expected, rtol=1e-4, atol=1e-5)
+    assert not teacher.network.training and not any(p.requires_grad for p in teacher.parameters())
+    assert not teacher(torch.rand(2, 3, 32, 32) * 255).requires_grad  # any size
+
+
+def slow_kd(student: Any, taught: Any, image_id: list[int], bank: list[tuple[int, Any]]) -> Any:
+    total = 0.0
+    for i, feature in enumerate(student):
+        own = (feature @ taught[i]).exp()
+        rest = [
+            (feature @ taught[j]).exp() for j in range(len(taught)) if image_id[j] != image_id[i]
+        ] + [(feature @ x).exp() for number, x in bank if number != image_id[i]]
+        total = total - (own / (own + sum(rest))).log()
+    return total / len(student)
+
+
+def test_kd_against_a_slow_reference() -> None:
+    generator = torch.Generator().manual_seed(0)
+    student, taught, bank = (torch.randn(n, 5, generator=generator) for n in (4, 4, 3))
+    image_id, bank_id = [1, 2, 1, 3], [2, 9, 9]
+    student.requires_grad_()
+    ids = torch.tensor(image_id)
+    fast = losses.kd(
+        student @ torch.cat([taught, bank]).T, ids, torch.cat([ids, torch.tensor(bank_id)])
+    )
+    (gradient,) = torch.autograd.grad(fast, student)
+    slow = slow_kd(student, taught, image_id, list(zip(bank_id, bank, strict=True)))
+    torch.testing.assert_close(fast, slow)
+    torch.testing.assert_close(gradient, torch.autograd.grad(slow, student)[0])
+
+
+def test_the_bank_is_of_earlier_steps_and_of_training_only(weights: str) -> None:
+    objective, batch = make(weights), make_batch()
+
+    def candidates() -> float:
+        _, trivial = objective(batch, Noise(0, 0, CPU), BOTH)
+        return round(math.exp(float(trivial["kd"]) / 2))
+
+    # Two batches of six in the first step: with accumulated gradients both see the same.
+    assert candidates() == candidates() == 6
+    objective.after_step()
+    assert candidates() == 6 + 8
+    objective.eval().after_step()
+    number = int(objective.bank.pushed)
+    assert candidates() == 14
+    objective.after_step()
+    assert int(objective.bank.pushed) == number
+
+
+def test_a_picture_is_not_compared_with_its_own_earlier_self(weights: str) -> None:
+    objective, batch = make(weights, bank_size=60).eval(), make_batch(1)
+
+    def kd() -> float:
+        return float(objective(batch, Noise(0, 0, CPU), BOTH)[0]["kd"].detach())
+
+    assert kd() == 0  # nothing else to be mistaken for
+    objective.bank.push(objective.teacher(batch.image), batch.image_id)
+    assert kd() == 0
+    objective.bank.push(objective.teacher(batch.image), batch.image_id + 100)
+    assert kd() == pytest.approx(2 * math.log(2), rel=1e-4)  # the same, under another name
+
+
+def test_what_is_refused(weights: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="s_smke learns from a teacher: name a timm model with"):
+        make(weights, teacher="")
+    with pytest.raises(UsageError, match=r"options.bank_size must be 0 or more"):
+        make(weights, bank_size=-1)
+    with pytest.raises(UsageError, match="timm has no model 'test_vitt' to teach"):
+        make(weights, teacher="test_vitt")
+    with pytest.raises(UserError, match="there are no teacher weights at"):
+        make(str(tmp_path / "none.safetensors"))
+    wrong = tmp_path / "wrong.safetensors"
+    save_file({"a": torch.zeros(1)}, wrong)
+    with pytest.raises(UserError, match="does not hold the weights of the teacher 'test_vit'"):
+        make(str(wrong))
+    wrong.write_text("words", "utf-8")
+    with pytest.raises(UserError, match="the weights of the teacher 'test_vit' could not be"):
+        make(str(wrong))
+    with pytest.raises(UsageError, match="s_smke needs the shared block"):
+        make(weights, fusion="none")
