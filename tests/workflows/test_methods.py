@@ -1,0 +1,61 @@
+"""Every method goes the whole way, and its checkpoint alone says how."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tiny import teacher_weights
+from tiny_training import QUIET, TINY
+
+from vicvlm_cli.checkpoint import load_model
+from vicvlm_cli.errors import UsageError
+from vicvlm_cli.objectives import OBJECTIVES, recipe_of
+from vicvlm_cli.workflows.embed import embed
+from vicvlm_cli.workflows.evaluate import evaluate
+from vicvlm_cli.workflows.retrieve import retrieve
+from vicvlm_cli.workflows.train import finetune, pretrain
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+NAMES = [name for name in OBJECTIVES if name != "vicvlm"]
+# Those of the losses and options are of VicVLM.
+SETTINGS = [s for s in TINY if ".losses." not in s and ".options." not in s]
+OPTIONS = {
+    "s_smke": ["teacher=test_vit", f"teacher_weights={teacher_weights()}"],
+    "maskvlm": ["decoder_depth=1"],
+    "albef": ["queue_size=20"],
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_method_from_pretraining_to_search(name: str, scenes: Path, tmp_path: Path) -> None:
+    options = [f"pretrain.options.{option}" for option in OPTIONS.get(name, [])]
+    overrides = [*SETTINGS, f"pretrain.objective={name}", "pretrain.epochs=0.5", *options]
+    first = pretrain(scenes, overrides=overrides, output=tmp_path / "pre", progress=QUIET)
+    assert {row.name for row in first.losses} == set(OBJECTIVES[name].LOSSES)
+    tuned = finetune(
+        first.checkpoint,
+        scenes,
+        overrides=["finetune.epochs=0.3"],
+        output=tmp_path / "fine",
+        progress=QUIET,
+    )
+    after = recipe_of(name)["finetune"]["objective"]
+    assert {row.name for row in tuned.losses} == set(OBJECTIVES[after].LOSSES)
+    model = load_model(tuned.checkpoint, device="cpu")
+    assert model.info.objective == after
+    assert load_model(first.checkpoint, device="cpu").info.objective == name
+    matches = "itm" in OBJECTIVES[after].LOSSES
+    assert model.vlm.can_match == matches
+    report = evaluate(tuned.checkpoint, scenes, top_k=4, progress=QUIET)
+    assert (report.evaluation.reranked is not None) == matches
+    assert any("no matching head" in note for note in report.notes) == (not matches)
+    gallery = embed(
+        scenes, tuned.checkpoint, output=tmp_path / "g", split="test", progress=QUIET
+    ).path
+    assert len(retrieve(gallery, "a red circle", top_k=3, progress=QUIET).hits) == 3
+    if matches:
+        assert retrieve(gallery, "a red circle", rerank=True, progress=QUIET).reranked
+    else:
+        with pytest.raises(UsageError, match="this model has no matching head"):
+            retrieve(gallery, "a red circle", rerank=True, progress=QUIET)
