@@ -18,6 +18,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -39,7 +40,14 @@ METHODS: dict[str, tuple[list[str], list[str]]] = {
     "vicvlm": ([], []),
     "vicvlm-pixel": (["pretrain.options.target=pixel"], []),
     "clip": (["pretrain.objective=clip"], []),
-    "siglip": (["pretrain.objective=clip", "pretrain.options.loss=sigmoid"], []),
+    "siglip": (
+        [
+            "pretrain.objective=clip",
+            "pretrain.options.loss=sigmoid",
+            "finetune.options.loss=sigmoid",
+        ],
+        [],
+    ),
     "vsepp": (["pretrain.objective=vsepp"], []),
     "mamo": (["pretrain.objective=mamo"], []),
     "mamo-seed": (["pretrain.objective=mamo", "pretrain.options.variant=seed"], []),
@@ -90,12 +98,7 @@ def run(
             pretrained = vicvlm(
                 *("pretrain", "--data", data, "--output", folder / "pre", "--json"),
                 *("--max-minutes", minutes),
-                settings=[
-                    *first,
-                    f"pretrain.validate_every={validate}",
-                    *before,
-                    *(settings or ()),
-                ],
+                settings=first,
             )
             tuned = vicvlm(
                 *("finetune", folder / "pre", "--data", data, "--output", folder / "fine"),
@@ -123,11 +126,14 @@ def vicvlm(*words: Any, settings: Iterable[str] = ()) -> dict[str, Any]:
     command = [sys.executable, "-m", "vicvlm_cli", *map(str, words)]
     for setting in settings:
         command += ["--set", setting]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    text = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = status
+    # A benchmark leaves alone what the user's own commands remember.
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "VICVLM_STATE": str(Path(folder) / "state.json")}
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        assert process.stdout is not None
+        text = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = status
     if status:
         raise SystemExit(f"failed: {shlex.join(command)}")
     result: dict[str, Any] = json.loads(text)
@@ -207,7 +213,10 @@ def at(run: dict[str, Any], against: str, place: float) -> float:
 
 def draw(by_method: dict[str, list[dict[str, Any]]], order: list[str], path: Path) -> None:
     """Recall against minutes and against pairs, a line a run."""
-    import matplotlib.pyplot as plt
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise typer.BadParameter("--plot needs matplotlib: pip install matplotlib") from None
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
     for axis, against, unit in zip(axes, ("seconds", "pairs"), (60, 1000), strict=True):

@@ -148,6 +148,7 @@ def pretrain(
             *_overrides("pretrain", epochs=epochs, max_minutes=max_minutes),
             *_overrides("pretrain", batch_size=batch_size, lr=lr),
             *_overrides("pretrain.options", target=target, loss=loss, variant=variant),
+            *_overrides("finetune.options", loss=loss),
             *_overrides("pretrain.options", teacher=teacher, teacher_weights=teacher_weights),
         ],
         output=output,

@@ -295,7 +295,7 @@ def load_config(
 ) -> Config:
     """Resolve ``base`` < preset < recipe < file < overrides into a checked :class:`Config`.
 
-    Where file or overrides ask for another pretraining objective than the preset's own,
+    Where the pretraining objective asked for is not the preset's own (or there is no preset),
     ``recipe_of`` gives that method's table. Encoders, data and schedule remain the preset's; its
     losses and options, which are of its own method, go.
     """
@@ -305,8 +305,8 @@ def load_config(
     over: dict[str, Any] = read_file(file) if file else {}
     for text in overrides:
         over = merge(over, parse_override(text))
-    wanted = _objective(over)
-    if recipe_of and wanted not in (None, _objective(table) or TrainConfig.objective):
+    wanted = _objective(over) or _objective(table) or TrainConfig.objective
+    if recipe_of and wanted != _objective(table):
         for kind in ("pretrain", "finetune"):
             stage = {k: v for k, v in table.get(kind, {}).items() if k not in METHOD_SETTINGS}
             table = {**table, kind: stage}

@@ -70,6 +70,7 @@ def test_sigmoid(image_id: list[int]) -> None:
     guesses = torch.linspace(-6, 6, 4001)
     best = min(float(losses.sigmoid(torch.full((5, 5), float(g)), same)) for g in guesses)
     assert float(losses.sigmoid_base_rate(same)) == pytest.approx(best, rel=1e-4)
+    assert float(losses.sigmoid_base_rate(torch.ones(2, 2, dtype=torch.bool))) == 0
 
 
 def slow_hinge(similarity: Tensor, image_id: list[int], margin: float, hardest: bool) -> Tensor:

@@ -314,7 +314,7 @@ def test_the_guesses_without_looking() -> None:
     [
         ({"variant": "baseline"}, "--variant is 'baseline', not paper or seed"),
         ({"fusion": "none"}, "mamo matches pairs in a fusion encoder"),
-        ({"fusion": "cross_attention"}, "model.fusion=cross_attention has no image outputs"),
+        ({"fusion": "cross_attention"}, "model.fusion=cross_attention does not have"),
         ({"image_mask": 0.0}, "options.image_mask must be between 0 and 1"),
         ({"text_mask": 1.0}, "options.text_mask must be between 0 and 1"),
         ({"ema_decay": -0.1}, "options.ema_decay must be from 0 to 1"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -287,6 +288,19 @@ def test_the_recipe_names_losses_that_there_are(
     assert replace(config.pretrain, objective="", losses={}, options={}) == replace(
         plain.pretrain, objective="", losses={}, options={}
     )
+
+
+def test_without_a_preset_the_method_brings_its_losses(tmp_path: Path) -> None:
+    file = tmp_path / "own.toml"
+    for text, name in [
+        ("", "vicvlm"),
+        ("objective = 'vicvlm'", "vicvlm"),
+        ("objective = 'mamo'", "mamo"),
+    ]:
+        file.write_text(f"[pretrain]\n{text}\nlosses.itm.weight = 0.25\n", "utf-8")
+        config = load_config(file=file, recipe_of=recipe_of)
+        assert set(config.pretrain.losses) == set(OBJECTIVES[name].LOSSES)
+        assert config.pretrain.losses["itm"].weight == 0.25
 
 
 def test_a_dual_encoder_alone_cannot_match() -> None:

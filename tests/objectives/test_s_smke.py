@@ -73,6 +73,14 @@ def test_the_teacher_is_timms_own_forward_and_never_learns(weights: str) -> None
     assert not teacher(torch.rand(2, 3, 32, 32) * 255).requires_grad  # any size
 
 
+def test_a_teacher_may_give_another_width_than_timm_says(tmp_path: Path) -> None:
+    network = timm.create_model("mobilenetv3_small_050")
+    save_file(network.state_dict(), tmp_path / "m.safetensors")
+    teacher = Teacher("mobilenetv3_small_050", str(tmp_path / "m.safetensors"))
+    assert teacher.width != network.num_features
+    assert teacher(torch.rand(2, 3, 32, 32) * 255).shape == (2, teacher.width)
+
+
 def slow_kd(student: Any, taught: Any, image_id: list[int], bank: list[tuple[int, Any]]) -> Any:
     total = 0.0
     for i, feature in enumerate(student):

@@ -93,4 +93,9 @@ def test_what_is_refused() -> None:
     with pytest.raises(UsageError, match="VICReg needs two pairs or more a step"):
         make()(make_batch(1), NOISE, {"itc", "variance"})
     with pytest.raises(UsageError, match="VICReg needs two pairs or more a step"):
+        make(expander=24).train()(make_batch(1), NOISE, {"itc", "variance"})
+    plain = TrainConfig(objective="clip", losses={"itc": LossConfig()}, options={"expander": 8})
+    with pytest.raises(UsageError, match="options.expander is of VICReg's terms beside clip's"):
+        create_objective(make_model(fusion="none"), make_tokenizer(), plain)
+    with pytest.raises(UsageError, match="VICReg needs two pairs or more a step"):
         make("vicvlm", predictor_width=32, masked_stride=6)(make_batch(), NOISE, {"variance"})

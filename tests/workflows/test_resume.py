@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_training import QUIET, Heard, equal, rows, run, weights
+from tiny_training import QUIET, TINY, Heard, equal, rows, run, weights
 
 from vicvlm_cli.errors import UsageError, UserError
 from vicvlm_cli.workflows import loop
@@ -140,3 +140,29 @@ def test_ctrl_c_waits_for_the_step_and_twice_does_not() -> None:
         assert stopping.asked  # and nothing was raised
         ctrl_c()
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        ("albef", "pretrain.options.queue_size=20", "pretrain.options.alpha_steps=4"),
+        ("albef", "pretrain.options.queue_size=0"),
+        ("mamo",),
+        ("clip", "pretrain.losses.variance.weight=0.1", "pretrain.options.expander=8"),
+    ],
+    ids=lambda method: "-".join(method[:2]),
+)
+def test_what_a_method_remembers_is_resumed(
+    method: tuple[str, ...], scenes: Path, tmp_path: Path
+) -> None:
+    name, *settings = method
+    tiny = [s for s in TINY if ".losses." not in s and ".options." not in s]
+    overrides = [*tiny, f"pretrain.objective={name}", *settings]
+    pretrain(scenes, overrides=overrides, output=tmp_path / "whole", progress=QUIET)
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(5, patch, ctrl_c)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(scenes, overrides=overrides, output=tmp_path / "parts", progress=QUIET)
+    pretrain(scenes, resume=tmp_path / "parts", progress=QUIET)
+    assert equal(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+    assert rows(tmp_path / "parts")[-1]["losses"] == rows(tmp_path / "whole")[-1]["losses"]

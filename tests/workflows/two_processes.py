@@ -23,6 +23,7 @@ from vicvlm_cli.config import LossConfig, TrainConfig
 from vicvlm_cli.data.batches import Batch
 from vicvlm_cli.objectives import OBJECTIVES, create_objective
 from vicvlm_cli.objectives.ranks import Noise, gather, gather_padded, global_mean
+from vicvlm_cli.objectives.vicreg import TERMS
 from vicvlm_cli.report.progress import Progress
 from vicvlm_cli.workflows import train
 
@@ -45,6 +46,7 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "maskvlm": ("maskvlm", {"decoder_depth": 1}, "co_attention"),
     "albef": ("albef", {"queue_size": 7, "alpha_steps": 0}, "cross_attention"),
     "s_smke": ("s_smke", TEACHER, "shared"),
+    "vicreg": ("clip", {"expander": 24}, "none"),
 }
 
 
@@ -68,7 +70,8 @@ def joint_batch() -> Batch:
 
 def make_objective(case: str) -> Any:
     name, options, fusion = CASES[case]
-    weights = {loss: LossConfig() for loss in OBJECTIVES[name].LOSSES}
+    names = (*OBJECTIVES[name].LOSSES, *(TERMS if "expander" in options else ()))
+    weights = {loss: LossConfig() for loss in names}
     config = TrainConfig(objective=name, options=options, losses=weights)
     return create_objective(make_model(fusion=fusion), make_tokenizer(), config).train()
 
@@ -82,6 +85,9 @@ def losses_and_gradients(case: str, rank: int | None) -> dict[str, Tensor]:
         if rank is None
         else DistributedDataParallel(objective, find_unused_parameters=True)
     )
+    with torch.no_grad():  # so that queues hold something
+        objective(batch, Noise(0, 2, CPU), set(objective.LOSSES))
+    objective.after_step()
     values, _ = wrapped(batch, Noise(0, 3, CPU), set(objective.LOSSES))
     torch.stack(list(values.values())).sum().backward()
     result = {f"loss.{k}": v.detach() for k, v in values.items()}

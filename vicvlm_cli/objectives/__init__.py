@@ -81,6 +81,11 @@ def create_objective(model: VLM, tokenizer: Tokenizer, config: TrainConfig) -> n
         )
     beside = any(name not in objective.LOSSES for name in config.losses)
     options = dict(config.options)
+    if "expander" in options and not beside:
+        raise UsageError(
+            f"options.expander is of VICReg's terms beside {config.objective}'s own losses: give "
+            f"{', '.join(TERMS)} weights in losses, or leave it out"
+        )
     expander = options.pop("expander", 0) if beside else 0
     if not isinstance(expander, int) or isinstance(expander, bool) or expander < 0:
         raise UsageError(f"options.expander is {expander!r}, not a width: a whole number, or 0")

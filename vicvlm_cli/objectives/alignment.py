@@ -82,8 +82,8 @@ def require_matching(model: VLM, objective: str) -> None:
     """
     if not model.can_match:
         raise UsageError(
-            f"{objective} matches pairs in a fusion encoder, and model.fusion is none: choose "
-            "another fusion, or the objective clip"
+            f"{objective} matches pairs in a fusion encoder, and model.fusion is "
+            f"{model.config.fusion}: choose another fusion, or the objective clip"
         )
 
 

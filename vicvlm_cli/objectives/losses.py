@@ -40,7 +40,7 @@ def sigmoid(logits: Tensor, same: Tensor) -> Tensor:
 def sigmoid_base_rate(same: Tensor) -> Tensor:
     """:func:`sigmoid` of the best constant guess: the entropy of the share of positives."""
     p = same.float().mean()
-    return -len(same) * (p * p.log() + (1 - p) * torch.log1p(-p))
+    return len(same) * (torch.special.entr(p) + torch.special.entr(1 - p))
 
 
 def hinge(similarity: Tensor, image_id: Tensor, margin: float, hardest: bool) -> Tensor:

@@ -73,9 +73,8 @@ class MAMO(nn.Module):
         require_matching(model, "mamo")
         if model.config.fusion != "concat":
             raise UsageError(
-                "mamo reads hidden patches from the fusion encoder, and "
-                f"model.fusion={model.config.fusion} has no image outputs for it: "
-                "set model.fusion=concat"
+                "mamo reads hidden patches and words from one joint sequence, which "
+                f"model.fusion={model.config.fusion} does not have: set model.fusion=concat"
             )
         if config.variant not in ("paper", "seed"):
             raise UsageError(f"--variant is {config.variant!r}, not paper or seed")

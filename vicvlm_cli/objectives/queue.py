@@ -19,8 +19,10 @@ class FeatureQueue(nn.Module):
 
     def __init__(self, size: int, width: int) -> None:
         super().__init__()
-        self.register_buffer("features", torch.zeros(size, width))
-        self.register_buffer("image_id", torch.zeros(size, dtype=torch.long))
+        self.size = size
+        rows = max(size, 1)  # an empty tensor does not survive the saving of a run's state
+        self.register_buffer("features", torch.zeros(rows, width))
+        self.register_buffer("image_id", torch.zeros(rows, dtype=torch.long))
         self.register_buffer("pushed", torch.zeros((), dtype=torch.long))
 
     def filled(self) -> tuple[Tensor, Tensor]:
@@ -28,18 +30,17 @@ class FeatureQueue(nn.Module):
 
         They are views: what has to outlive the next push must be a copy.
         """
-        number = min(int(self.pushed), len(self.features))
+        number = min(int(self.pushed), self.size)
         return self.features[:number], self.image_id[:number]
 
     @torch.no_grad()
     def push(self, features: Tensor, image_id: Tensor) -> None:
         """Put in [G, width] features of pictures [G], the last of them where they are too many."""
-        size = len(self.features)
-        if size == 0:
+        if self.size == 0:
             return
-        features, image_id = features[-size:], image_id[-size:]
+        features, image_id = features[-self.size :], image_id[-self.size :]
         place = torch.arange(len(features), device=self.features.device)
-        place = (self.pushed + place) % size  # around the end, whatever the size of the batch
+        place = (self.pushed + place) % self.size  # around the end, whatever the size of the batch
         self.features[place] = features.to(self.features.dtype)
         self.image_id[place] = image_id
         self.pushed += len(features)

@@ -44,11 +44,12 @@ class Teacher(nn.Module):
             raise UserError(f"there are no teacher weights at {weights}")
         network = _load_teacher(name, weights)
         self.network = network.requires_grad_(False).eval()
-        self.width: int = network.num_features
         self.size: tuple[int, int] = tuple(network.pretrained_cfg["input_size"][1:])
         for key in ("mean", "std"):
             pixels = torch.tensor(network.pretrained_cfg[key]).view(1, 3, 1, 1) * 255
             self.register_buffer(key, pixels, persistent=False)
+        # By trying: what timm calls num_features is not what every network gives.
+        self.width: int = self(torch.zeros(1, 3, *self.size)).shape[1]
 
     def train(self, mode: bool = True) -> Teacher:
         """Stay in evaluation mode: what it teaches does not change."""

@@ -35,11 +35,7 @@ def vicreg_terms(
     Raises:
         UsageError: a single row has no variance.
     """
-    if len(views[0]) < 2:
-        raise UsageError(
-            "VICReg needs two pairs or more a step: raise --batch-size, or lower "
-            "options.masked_stride"
-        )
+    _require_pairs(len(views[0]))
     terms = {
         "variance": [losses.variance(x) for x in views],
         "covariance": [losses.covariance(x) for x in views],
@@ -56,6 +52,14 @@ def vicreg_terms(
         {name: torch.stack(terms[name]).mean() for name in wanted},
         {name: torch.stack(guesses[name]).mean() for name in wanted},
     )
+
+
+def _require_pairs(number: int) -> None:
+    if number < 2:
+        raise UsageError(
+            "VICReg needs two pairs or more a step: raise --batch-size, or lower vicvlm's "
+            "options.masked_stride"
+        )
 
 
 class WithVICReg(nn.Module):
@@ -97,10 +101,11 @@ class WithVICReg(nn.Module):
         values, trivial = self.objective(batch, noise, active - set(TERMS))
         if not active.isdisjoint(TERMS):
             # Gathered first: the expander's batch norm is that of the global batch.
-            a, b = (
-                self.expander(gather(self._seen[name].float())).float()
-                for name in ("image_projection", "text_projection")
-            )
+            gathered = [
+                gather(self._seen[name].float()) for name in ("image_projection", "text_projection")
+            ]
+            _require_pairs(len(gathered[0]))
+            a, b = (self.expander(x).float() for x in gathered)
             terms, guesses = vicreg_terms([a, b], [(a, b)], active)
             values, trivial = {**values, **terms}, {**trivial, **guesses}
         self._seen.clear()
