@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -77,12 +76,16 @@ def make_batch(rows: int = 6, seed: int = 0, size: int = 32) -> Batch:
 
 
 @cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    # Held here for as long as the process: a forked child that lets go of it would remove it.
+    return tempfile.TemporaryDirectory(prefix="teacher-")
+
+
+@cache
 def teacher_weights() -> str:
     """A file of the smallest of timm's models, ``test_vit``, random."""
-    folder = tempfile.TemporaryDirectory(prefix="teacher-")
-    atexit.register(folder.cleanup)
     torch.manual_seed(3)
-    file = Path(folder.name) / "vit.safetensors"
+    file = Path(_folder().name) / "vit.safetensors"
     save_file(timm.create_model("test_vit").state_dict(), file)
     return str(file)
 
