@@ -58,7 +58,7 @@ class Tokenizer:
 
         try:
             loaded = AutoTokenizer.from_pretrained(name_or_path, use_fast=True)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, ImportError) as error:  # the last: no protobuf
             raise UserError(
                 f"no tokenizer could be loaded from {name_or_path!r}: name a BERT on the hub, or a "
                 "local folder with tokenizer.json or vocab.txt"
