@@ -101,6 +101,7 @@ class TrainConfig:
     losses: dict[str, LossConfig] = field(default_factory=dict)
     epochs: float = 15.0
     max_minutes: float = 0.0  # 0: no limit; else the schedule ends with the time
+    clock: str = "wall"  # or "cpu": the training's own CPU time a thread, to compare by
     batch_size: int = 96  # pairs a process and step
     accumulate: int = 1
     lr: float = 2.5e-4
@@ -135,6 +136,8 @@ CHOICES = {
     "data.captions": ("all", "one"),
     "pretrain.precision": ("auto", "no", "bf16", "fp16"),
     "finetune.precision": ("auto", "no", "bf16", "fp16"),
+    "pretrain.clock": ("wall", "cpu"),
+    "finetune.clock": ("wall", "cpu"),
     "pretrain.select": ("best", "last"),
     "finetune.select": ("best", "last"),
 }
