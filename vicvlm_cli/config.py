@@ -64,6 +64,7 @@ class DataConfig:
     """How prepared pictures become training batches."""
 
     captions: str = "all"  # "all": every pair once an epoch; "one": every image once, one caption
+    more_captions: int = 0  # further captions of each picture that ITC contrasts in the same step
     crop_scale: float = 0.5  # smallest area of a random crop, as a share of the picture
     flip: bool = True  # only where the caption names no side
     color_jitter: float = 0.0  # off: captions name colours
@@ -149,6 +150,7 @@ POSITIVE = (
 NOT_NEGATIVE = (
     *("weight", "start", "ramp", "seed", "max_minutes", "image_lr", "weight_decay", "warmup"),
     *("validate_every", "validation_images", "rerank_top_k", "color_jitter", "text_dropout"),
+    *("more_captions",),
 )
 
 
