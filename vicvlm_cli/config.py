@@ -107,6 +107,7 @@ class TrainConfig:
     accumulate: int = 1
     lr: float = 2.5e-4
     image_lr: float = 0.0  # 0: the same as lr
+    frozen_blocks: int = 0  # lowest blocks of the image encoder that keep their weights
     weight_decay: float = 0.01
     warmup: float = 0.05  # share of the run
     final_lr: float = 0.04  # share of the peak
@@ -150,7 +151,7 @@ POSITIVE = (
 NOT_NEGATIVE = (
     *("weight", "start", "ramp", "seed", "max_minutes", "image_lr", "weight_decay", "warmup"),
     *("validate_every", "validation_images", "rerank_top_k", "color_jitter", "text_dropout"),
-    *("more_captions",),
+    *("more_captions", "frozen_blocks"),
 )
 
 

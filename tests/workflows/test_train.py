@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_training import LOSSES, equal, rows, run, weights
+from tiny_training import LOSSES, QUIET, equal, rows, run, weights
 from torch import Tensor
 
 from vicvlm_cli.checkpoint import load_model
@@ -22,7 +22,7 @@ from vicvlm_cli.objectives.vicvlm import VicVLM
 from vicvlm_cli.workflows import loop
 from vicvlm_cli.workflows.metrics import Metrics
 from vicvlm_cli.workflows.session import Session
-from vicvlm_cli.workflows.train import TrainResult
+from vicvlm_cli.workflows.train import TrainResult, finetune
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
@@ -156,6 +156,23 @@ def test_the_cpu_clock_counts_the_training_alone(
     monkeypatch.setattr(Session, "validate", validate)
     assert seconds("validated", "pretrain.validate_every=0.2") == pytest.approx(6, abs=1.5)
     assert rows(tmp_path / "validated", "validation")
+
+
+def test_frozen_blocks_come_out_as_they_went_in(scenes: Path, tmp_path: Path) -> None:
+    model = "model.image_options={patch_size = 8, embed_dim = 24, depth = 2, num_heads = 2}"
+    begun = run(scenes, tmp_path / "begun", model, "pretrain.epochs=0.2")
+    tuned = finetune(
+        begun.checkpoint,
+        scenes,
+        overrides=["finetune.frozen_blocks=1"],
+        output=tmp_path / "tuned",
+        progress=QUIET,
+    )
+    before, after = weights(begun.run), weights(tuned.run)
+    same = {k for k in before if torch.equal(before[k], after[k])}
+    assert {k for k in before if k.startswith("image_encoder.vit.blocks.0.")} < same
+    assert "image_encoder.vit.patch_embed.proj.weight" in same
+    assert not any(k.startswith("image_encoder.vit.blocks.1.") for k in same)
 
 
 def test_the_shortest_of_limits_counts(scenes: Path, tmp_path: Path) -> None:
