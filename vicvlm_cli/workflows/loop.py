@@ -21,9 +21,11 @@ from torch import Tensor, nn
 
 from vicvlm_cli.config import DataConfig, TrainConfig
 from vicvlm_cli.data.batches import Batch, Plan, Rows, batches, load_size
+from vicvlm_cli.data.decoded import DecodedFile, make_decoded
 from vicvlm_cli.data.prepared import Split
 from vicvlm_cli.data.tokenizer import Tokenizer
 from vicvlm_cli.data.transforms import color_jitter, random_crop
+from vicvlm_cli.model.vlm import VLM
 from vicvlm_cli.objectives.ranks import Noise
 from vicvlm_cli.report.progress import Progress
 from vicvlm_cli.workflows.metrics import LOG_STEPS, Metrics
@@ -111,6 +113,7 @@ def run_loop(
     model = accelerator.unwrap_model(objective).model
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     steps = total_steps(plan, config)
+    rows = _rows(accelerator, model, data, split, tokenizer, progress)
     checks = max(1, round(config.validate_every * plan.batches / config.accumulate))
     began = last_flush = last_state = time.perf_counter()
     began -= position.seconds
@@ -128,9 +131,6 @@ def run_loop(
             share = agreed(max(share, (time.perf_counter() - began) / (60 * config.max_minutes)))
         return min(share, 1.0)
 
-    size = load_size(model.config.image_size, data)
-    cache, shared = data.cache_mb * 10**6, data.workers > 0
-    rows = Rows(split, tokenizer, size, model.config.max_tokens, cache, shared)
     pin = accelerator.device.type == "cuda"
     objective.train()
     stopping = _StopAtStep(enabled=accelerator.num_processes == 1)
@@ -139,9 +139,8 @@ def run_loop(
         bar.advance(position.pairs)
         micro = position.step * config.accumulate
         share = done()
-        while share < 1:
-            epoch, start = divmod(micro, max(plan.batches, 1))
-            for batch in batches(rows, plan, epoch, start, workers=data.workers, pin=pin):
+        if share < 1:
+            for batch in batches(rows, plan, micro, workers=data.workers, pin=pin):
                 noise = Noise(config.seed, micro, accelerator.device)
                 batch = batch.to(accelerator.device)
                 batch.image = augment(batch, model.config.image_size, data, noise)
@@ -203,6 +202,30 @@ def run_loop(
                 if share >= 1:
                     break
     position.losses = metrics.history
+
+
+def _rows(
+    accelerator: Accelerator,
+    model: VLM,
+    data: DataConfig,
+    split: Split,
+    tokenizer: Tokenizer,
+    progress: Progress,
+) -> Rows:
+    """What batches are made of; with ``cache``, a process of each machine decodes the pictures."""
+    size = load_size(model.config.image_size, data)
+    if data.cache and accelerator.is_local_main_process:
+        make_decoded(split, size, progress)
+    accelerator.wait_for_everyone()
+    return Rows(
+        split,
+        tokenizer,
+        size,
+        model.config.max_tokens,
+        cache_bytes=data.cache_mb * 10**6,
+        shared=data.workers > 0,
+        decoded=DecodedFile(split, size) if data.cache else None,
+    )
 
 
 class _StopAtStep:
