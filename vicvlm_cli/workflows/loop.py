@@ -20,14 +20,13 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from vicvlm_cli.config import DataConfig, TrainConfig
-from vicvlm_cli.data.batches import Batch, Plan, Rows, batches, load_size
-from vicvlm_cli.data.decoded import DecodedFile, make_decoded
+from vicvlm_cli.data.batches import Batch, Plan, batches
 from vicvlm_cli.data.prepared import Split
 from vicvlm_cli.data.tokenizer import Tokenizer
 from vicvlm_cli.data.transforms import color_jitter, random_crop
-from vicvlm_cli.model.vlm import VLM
 from vicvlm_cli.objectives.ranks import Noise
 from vicvlm_cli.report.progress import Progress
+from vicvlm_cli.workflows.launch import make_rows
 from vicvlm_cli.workflows.metrics import LOG_STEPS, Metrics
 
 T = TypeVar("T")
@@ -79,6 +78,13 @@ def total_steps(plan: Plan, config: TrainConfig) -> int:
     return max(1, math.ceil(config.epochs * plan.batches / config.accumulate))
 
 
+def clock_of(config: TrainConfig) -> Callable[[], float]:
+    """Seconds as ``max_minutes`` counts them: on the wall, or of this process's work a thread."""
+    if config.clock == "cpu":
+        return lambda: time.process_time() / torch.get_num_threads()
+    return time.perf_counter
+
+
 def augment(batch: Batch, size: int, data: DataConfig, noise: Noise) -> Tensor:
     """Random crops, flips where captions allow them, and colours: float [B, 3, size, size]."""
     rows = len(batch.image)
@@ -113,9 +119,10 @@ def run_loop(
     model = accelerator.unwrap_model(objective).model
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     steps = total_steps(plan, config)
-    rows = _rows(accelerator, model, data, split, tokenizer, progress)
+    rows = make_rows(accelerator, model, data, split, tokenizer, progress)
     checks = max(1, round(config.validate_every * plan.batches / config.accumulate))
-    began = last_flush = last_state = time.perf_counter()
+    clock = clock_of(config)
+    began = last_flush = last_state = clock()
     began -= position.seconds
     pairs_flushed = position.pairs
     per_batch = plan.batch_size * plan.world_size
@@ -128,7 +135,7 @@ def run_loop(
         """Share of the run that is over; the same on every process."""
         share = position.step / steps
         if config.max_minutes > 0:
-            share = agreed(max(share, (time.perf_counter() - began) / (60 * config.max_minutes)))
+            share = agreed(max(share, (clock() - began) / (60 * config.max_minutes)))
         return min(share, 1.0)
 
     pin = accelerator.device.type == "cuda"
@@ -165,7 +172,7 @@ def run_loop(
                     continue
                 accelerator.unwrap_model(objective).after_step()
                 position.step += 1
-                now = time.perf_counter()
+                now = clock()
                 position.seconds = now - began
                 used, share = share, done()
                 due = config.validate_every > 0 and position.step % checks == 0
@@ -191,41 +198,21 @@ def run_loop(
                     shown = "  ".join(f"{k} {v:.3f}" for k, v in means.items())
                     bar.describe(f"epoch {micro / plan.batches:.1f}  {shown}")
                 if due and share < 1:
+                    before = clock()
                     validate()
                     objective.train()
+                    last_flush += clock() - before
+                    if config.clock == "cpu":  # what is compared is training alone
+                        began += clock() - before
                 if stop or (saving and share < 1):
                     position.losses = metrics.history
                     save_state()
-                    last_state = time.perf_counter()
+                    last_state = clock()
                 if stop:
                     raise KeyboardInterrupt
                 if share >= 1:
                     break
     position.losses = metrics.history
-
-
-def _rows(
-    accelerator: Accelerator,
-    model: VLM,
-    data: DataConfig,
-    split: Split,
-    tokenizer: Tokenizer,
-    progress: Progress,
-) -> Rows:
-    """What batches are made of; with ``cache``, a process of each machine decodes the pictures."""
-    size = load_size(model.config.image_size, data)
-    if data.cache and accelerator.is_local_main_process:
-        make_decoded(split, size, progress)
-    accelerator.wait_for_everyone()
-    return Rows(
-        split,
-        tokenizer,
-        size,
-        model.config.max_tokens,
-        cache_bytes=data.cache_mb * 10**6,
-        shared=data.workers > 0,
-        decoded=DecodedFile(split, size) if data.cache else None,
-    )
 
 
 class _StopAtStep:
