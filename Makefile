@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint docs docs-check clean
+.PHONY: help install demo test lint docs docs-check bench clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -59,6 +59,10 @@ docs: $(STAMP)  ## Write docs/cli.md from --help
 
 docs-check: $(STAMP)  ## Check that docs/cli.md says what --help says
 	python docs/make_cli.py --check
+
+bench: export HF_HUB_OFFLINE := 1
+bench: $(STAMP)  ## Measure what costs what, as docs/performance.md tells; ROWS="step" for some
+	python benchmarks/bench.py $(ROWS)
 
 clean:  ## Remove what was built, measured or demonstrated; keep .venv and runs/
 	rm -rf build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -69,7 +69,10 @@ class DataConfig:
     flip: bool = True  # only where the caption names no side
     color_jitter: float = 0.0  # off: captions name colours
     workers: int = -1  # loader processes; -1: one a spare core
-    cache_mb: int = 2000  # decoded pictures are kept in memory if all of them fit
+    # Pictures are decoded once, into a file beside the data set, if cache is on; else once into
+    # memory, if all of them fit in cache_mb; else every time.
+    cache: bool = False
+    cache_mb: int = 2000
 
 
 @dataclass(frozen=True)

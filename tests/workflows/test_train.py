@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_training import LOSSES, QUIET, equal, rows, run, weights
+from tiny_training import LOSSES, QUIET, Heard, equal, rows, run, weights
 from torch import Tensor
 
 from vicvlm_cli.checkpoint import load_model
@@ -236,3 +236,17 @@ def test_what_cannot_be_trained_is_one_sentence(
 def test_data_that_is_not_prepared_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not a prepared data set"):
         run(tmp_path, tmp_path / "run")
+
+
+def test_training_from_the_decoded_file_is_the_same_training(scenes: Path, tmp_path: Path) -> None:
+    crops = "data.crop_scale=0.5"
+    plain = run(scenes, tmp_path / "plain", crops, "data.cache_mb=0")
+    heard = Heard()
+    cached = run(scenes, tmp_path / "cached", crops, "data.cache=true", progress=heard)
+    assert equal(weights(plain.run), weights(cached.run))
+    files = list((scenes / "train").glob("*.npy"))
+    assert [file.stat().st_size for file in files] == [128 + 96 * 3 * 36 * 36]  # 32 and a margin
+    assert any("decoding 96 pictures" in note for note in heard.notes)
+    again = Heard()
+    run(scenes, tmp_path / "again", crops, "data.cache=true", progress=again)
+    assert not any("decoding" in note for note in again.notes)
