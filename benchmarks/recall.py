@@ -64,8 +64,9 @@ ROWS: dict[str, tuple[str, ...]] = {
     "vicvlm-vicreg": without(*VICREG),
     # Levers, on ITC alone: what holds for it holds for every method that has it.
     "itc-batch-192": (*ALONE, "pretrain.batch_size=192"),
-    "itc-batch-96": (*ALONE, "pretrain.batch_size=96"),
     "itc-batch-32": (*ALONE, "pretrain.batch_size=32"),
+    **{f"itc-frozen-{n}": (*ALONE, f"pretrain.frozen_blocks={n}") for n in (0, 4, 9)},
+    "itc-batch-192-frozen-0": (*ALONE, "pretrain.batch_size=192", "pretrain.frozen_blocks=0"),
     "itc-more-captions": (*ALONE, "data.more_captions=1"),
 }
 
@@ -104,6 +105,7 @@ def run(
                 data=data,
                 minutes=MINUTES[budget],
                 tune=0.0,
+                validate_every=4.0,
                 pretrain=chosen,
                 options=("--preset", "vicvlm-tiny-photos", "--image-weights", str(weights)),
             )
