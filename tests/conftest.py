@@ -12,7 +12,7 @@ from vicvlm_cli.config import ModelConfig
 from vicvlm_cli.data.prepared import PreparedDataset
 from vicvlm_cli.data.tokenizer import Tokenizer
 from vicvlm_cli.inference import LoadedModel
-from vicvlm_cli.model.vlm import create_model
+from vicvlm_cli.model.create import create_model
 from vicvlm_cli.report.progress import Progress
 from vicvlm_cli.workflows.prepare import prepare
 

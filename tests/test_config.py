@@ -23,7 +23,7 @@ from vicvlm_cli.config import (
     to_dict,
 )
 from vicvlm_cli.errors import UsageError
-from vicvlm_cli.model.vlm import create_model
+from vicvlm_cli.model.create import create_model
 from vicvlm_cli.objectives import create_objective
 
 

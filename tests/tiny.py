@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from vicvlm_cli.config import ModelConfig
 from vicvlm_cli.data.batches import Batch
 from vicvlm_cli.data.tokenizer import Tokenizer
-from vicvlm_cli.model.vlm import VLM, create_model
+from vicvlm_cli.model.create import create_model
 
 CAPTIONS = [
     "a red circle above a blue square",
@@ -50,7 +50,7 @@ def make_config(**changes: Any) -> ModelConfig:
     return ModelConfig(**{**settings, **changes})
 
 
-def make_model(seed: int = 0, vocab_size: int | None = None, **changes: Any) -> VLM:
+def make_model(seed: int = 0, vocab_size: int | None = None, **changes: Any) -> Any:
     """A random model in evaluation mode, its small weights large enough to tell apart."""
     torch.manual_seed(seed)
     model = create_model(make_config(**changes), vocab_size or make_tokenizer().vocab_size)

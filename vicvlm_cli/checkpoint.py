@@ -19,7 +19,8 @@ from vicvlm_cli.data.tokenizer import Tokenizer
 from vicvlm_cli.device import best_device
 from vicvlm_cli.errors import UserError
 from vicvlm_cli.inference import LoadedModel
-from vicvlm_cli.model.vlm import VLM
+from vicvlm_cli.model.create import build_model
+from vicvlm_cli.model.vlm import RetrievalModel
 
 FORMAT_VERSION = 1
 FILE_NAME = "model.safetensors"
@@ -45,7 +46,7 @@ class CheckpointInfo:
 
 def save_model(
     path: Path,
-    model: VLM,
+    model: RetrievalModel,
     tokenizer: Tokenizer,
     *,
     config: dict[str, Any],
@@ -96,7 +97,7 @@ def load_model(path: str | Path, device: torch.device | str | None = None) -> Lo
     header, tensors = _read(path)
     try:
         config = json.loads(header["config"])
-        model = VLM(from_dict(ModelConfig, config["model"]))
+        model = build_model(from_dict(ModelConfig, config["model"]))
         tokenizer = Tokenizer.from_json(header["tokenizer"])
         info = CheckpointInfo(
             format_version=int(header["format_version"]),

@@ -56,6 +56,7 @@ class ModelConfig:
     max_tokens: int = 32
     projection_dim: int = 256
     fusion: str = "concat"  # cross_attention, co_attention; of a dual encoder alone: shared, none
+    fusion_options: dict[str, Any] = field(default_factory=dict)  # of stacked_attention
     temperature: float = 0.07
 
 
@@ -137,7 +138,14 @@ class Config:
 CHOICES = {
     "model.image_pool": ("mean", "max"),
     "model.image_positions": ("learned", "sincos"),
-    "model.fusion": ("concat", "cross_attention", "co_attention", "shared", "none"),
+    "model.fusion": (
+        "concat",
+        "cross_attention",
+        "co_attention",
+        "shared",
+        "stacked_attention",
+        "none",
+    ),
     "data.captions": ("all", "one"),
     "pretrain.precision": ("auto", "no", "bf16", "fp16"),
     "finetune.precision": ("auto", "no", "bf16", "fp16"),

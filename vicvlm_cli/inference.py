@@ -24,7 +24,7 @@ from vicvlm_cli.data.tokenizer import Tokenizer
 from vicvlm_cli.data.transforms import image_to_array
 from vicvlm_cli.device import supports_bf16
 from vicvlm_cli.errors import UserError
-from vicvlm_cli.model.vlm import VLM, Encoded
+from vicvlm_cli.model.vlm import Encoded, RetrievalModel
 from vicvlm_cli.report.progress import Progress
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def autocast_dtype(device: torch.device, precision: str = "auto") -> torch.dtype
 
 
 @contextmanager
-def inferring(vlm: VLM, device: torch.device, precision: str = "auto") -> Iterator[None]:
+def inferring(vlm: RetrievalModel, device: torch.device, precision: str = "auto") -> Iterator[None]:
     """Evaluation mode, no gradients, autocast; every module's own mode is put back at the end."""
     modes = [(module, module.training) for module in vlm.modules()]
     dtype = autocast_dtype(device, precision)
@@ -76,7 +76,7 @@ class ImageBatch(NamedTuple):
 
 
 def encode_image_batches(
-    vlm: VLM,
+    vlm: RetrievalModel,
     sources: Iterable[T],
     load: Callable[[T], Image.Image],
     *,
@@ -116,7 +116,7 @@ def encode_image_batches(
 
 
 def encode_text_batches(
-    vlm: VLM,
+    vlm: RetrievalModel,
     tokenizer: Tokenizer,
     texts: list[str],
     *,
@@ -146,7 +146,7 @@ class LoadedModel:
     Features are float32 on the CPU and of unit length: an inner product is a cosine similarity.
     """
 
-    vlm: VLM
+    vlm: RetrievalModel
     tokenizer: Tokenizer
     info: CheckpointInfo
     device: torch.device
@@ -160,7 +160,7 @@ class LoadedModel:
     @property
     def logit_scale(self) -> float:
         """The inverse temperature that cosines are multiplied with in a combined score."""
-        return self.vlm.logit_scale.detach().float().exp().item()
+        return self.vlm.similarity_scale
 
     def encode_images(
         self,
@@ -205,10 +205,11 @@ class LoadedModel:
     def score_pairs(
         self, images: Iterable[ImageSource], texts: Iterable[str], batch_size: int = IMAGE_BATCH
     ) -> Tensor:
-        """How well picture i fits text i, [n]: exp(logit_scale) * cosine + rerank_weight * ITM.
+        """How well picture i fits text i, [n], as the model's method scores it; higher is better.
 
-        Higher is better; ITM is the matching head's log-odds and its weight was chosen on
-        validation. Raises UserError where the numbers differ or a picture cannot be read.
+        The similarity, exp(logit_scale) * cosine, plus rerank_weight * ITM where there is a
+        matching head; the weight was chosen on validation. Or the model's pair score alone (SCAN,
+        ViLT). Raises UserError where the numbers differ or a picture cannot be read.
         """
         images, texts = list(images), _listed(texts)
         if len(images) != len(texts):
@@ -216,6 +217,10 @@ class LoadedModel:
                 f"pairs need as many texts as pictures, not {len(texts)} and {len(images)}: "
                 "repeat the one that belongs to several"
             )
+        of_pair = self.vlm.pair_score
+        scale, weight = self.logit_scale, 0.0
+        if of_pair is not None:
+            scale, weight = of_pair.weights(scale, self.info.rerank_weight)
         scores = [torch.empty(0)]
         for batch in self._image_batches(images, batch_size):
             words = texts[batch.rows[0] : batch.rows[-1] + 1]
@@ -223,9 +228,9 @@ class LoadedModel:
             with inferring(self.vlm, self.device, self.precision):
                 text = self.vlm.encode_text(input_ids.to(self.device), mask.to(self.device))
                 text = _normalized(text)
-                score = self.logit_scale * (batch.encoded.features * text.features).sum(1)
-                if self.info.rerank_weight and self.vlm.can_match:
-                    score += self.info.rerank_weight * self.vlm.match(batch.encoded, text).float()
+                score = scale * (batch.encoded.features * text.features).sum(1)
+                if weight:
+                    score += weight * self.vlm.match(batch.encoded, text).float()
             scores.append(score.cpu())
         return torch.cat(scores)
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import BertConfig, BertModel
 
 from vicvlm_cli.model import text_encoder
+from vicvlm_cli.model.create import create_model
 from vicvlm_cli.model.fusion import CoAttentionFusion, Fused
 from vicvlm_cli.model.text_encoder import bert_config
-from vicvlm_cli.model.vlm import create_model
 
 WIDTH, HEADS, IMAGE_WIDTH, PATCHES, LENGTH = 32, 2, 24, 6, 5
 CONFIG: BertConfig = bert_config(

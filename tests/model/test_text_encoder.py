@@ -22,8 +22,8 @@ from transformers import (
 
 from vicvlm_cli.errors import UserError
 from vicvlm_cli.model import text_encoder
+from vicvlm_cli.model.create import create_model
 from vicvlm_cli.model.text_encoder import TextEncoder, bert_config, load_bert
-from vicvlm_cli.model.vlm import create_model
 
 SIZES = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 128, "vocab_size": 50}
 

@@ -13,8 +13,9 @@ from tiny import make_batch, make_config, make_model, pad
 
 from vicvlm_cli.errors import UserError
 from vicvlm_cli.model import text_encoder
+from vicvlm_cli.model.create import create_model
 from vicvlm_cli.model.fusion import FUSIONS
-from vicvlm_cli.model.vlm import VLM, Encoded, create_model
+from vicvlm_cli.model.vlm import VLM, Encoded
 
 
 def close(a: torch.Tensor, b: torch.Tensor) -> None:

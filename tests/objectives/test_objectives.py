@@ -34,6 +34,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("albef", {"queue_size": 7, "ema_decay": 0.9}),
     ("albef", {"queue_size": 7, "ema_decay": 0.9, "alpha_steps": 0}),
     ("s_smke", {"teacher": "test_vit", "teacher_weights": teacher_weights(), "bank_size": 8}),
+    ("scan", {"mean_steps": 0}),
+    ("scan", {"mean_steps": 1000}),
     ("retrieval", {}),
 ]
 NOT_DRAWN = {"itc", "hinge", "kd"}  # no masks, no negatives: the same whatever the noise
@@ -307,6 +309,22 @@ def test_a_dual_encoder_alone_cannot_match() -> None:
     for name in ("vicvlm", "retrieval"):
         with pytest.raises(UsageError, match=f"{name} matches pairs in a fusion encoder"):
             make(name, {}, "none")
+
+
+def test_a_model_of_another_kind_is_refused() -> None:
+    for name, fusion in (("scan", "none"), ("scan", "concat")):
+        with pytest.raises(
+            UsageError, match=f"{name} cannot train a model of model.fusion={fusion}"
+        ):
+            make(name, {}, fusion)
+
+
+def test_vicreg_is_of_one_vector_a_picture() -> None:
+    weights = {"hinge": LossConfig(), "variance": LossConfig()}
+    config = TrainConfig(objective="scan", losses=weights)
+    objective = create_objective(make_model(fusion="stacked_attention"), make_tokenizer(), config)
+    with pytest.raises(UsageError, match="this model projects each patch and word: leave variance"):
+        objective(make_batch(), Noise(0, 0, CPU), set(weights))
 
 
 def test_the_hardest_negatives_alone_come_later() -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 from tiny import teacher_weights
 from tiny_training import QUIET, TINY
 
 from vicvlm_cli.checkpoint import load_model
 from vicvlm_cli.errors import UsageError
+from vicvlm_cli.gallery import Gallery
 from vicvlm_cli.objectives import OBJECTIVES, recipe_of
 from vicvlm_cli.workflows.embed import embed
 from vicvlm_cli.workflows.evaluate import evaluate
@@ -25,6 +28,12 @@ OPTIONS = {
     "maskvlm": ["decoder_depth=1"],
     "albef": ["queue_size=20"],
 }
+
+
+def make_picture(folder: Path) -> Path:
+    """A file to look for others like it."""
+    Image.new("RGB", (40, 40), "red").save(folder / "red.png")
+    return folder / "red.png"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -45,17 +54,28 @@ def test_a_method_from_pretraining_to_search(name: str, scenes: Path, tmp_path: 
     model = load_model(tuned.checkpoint, device="cpu")
     assert model.info.objective == after
     assert load_model(first.checkpoint, device="cpu").info.objective == name
-    matches = "itm" in OBJECTIVES[after].LOSSES
-    assert model.vlm.can_match == matches
+    of_pair = model.vlm.pair_score
+    assert (of_pair is None) == (after in ("clip", "vsepp"))
+    alone = of_pair is not None and of_pair.alone
     report = evaluate(tuned.checkpoint, scenes, top_k=4, progress=QUIET)
-    assert (report.evaluation.reranked is not None) == matches
-    assert any("no matching head" in note for note in report.notes) == (not matches)
+    assert (report.evaluation.reranked is None) == (of_pair is None)
+    assert any("no matching head" in note for note in report.notes) == (of_pair is None)
     gallery = embed(
         scenes, tuned.checkpoint, output=tmp_path / "g", split="test", progress=QUIET
     ).path
-    assert len(retrieve(gallery, "a red circle", top_k=3, progress=QUIET).hits) == 3
-    if matches:
+    found = retrieve(gallery, "a red circle", top_k=3, progress=QUIET)
+    assert len(found.hits) == 3
+    assert found.reranked == alone  # its own way of scoring, with no flag
+    if alone:  # what orders the hits is what the model says of each pair
+        pictures = [Gallery.open(gallery).image(hit.row) for hit in found.hits]
+        scores = model.score_pairs(pictures, ["a red circle"] * 3)
+        torch.testing.assert_close(
+            scores, torch.tensor([hit.score for hit in found.hits]), rtol=0.02, atol=0.02
+        )
+    if of_pair is not None:
         assert retrieve(gallery, "a red circle", rerank=True, progress=QUIET).reranked
     else:
         with pytest.raises(UsageError, match="this model has no matching head"):
             retrieve(gallery, "a red circle", rerank=True, progress=QUIET)
+    alike = retrieve(gallery, image=make_picture(tmp_path), rerank=False, top_k=3, progress=QUIET)
+    assert not alike.reranked and len(alike.hits) == 3

@@ -41,6 +41,7 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "siglip": ("clip", {"loss": "sigmoid"}, "none"),
     "vsepp": ("vsepp", {"mean_steps": 0}, "none"),
     "vse0": ("vsepp", {}, "none"),
+    "scan": ("scan", {"mean_steps": 0}, "stacked_attention"),
     "mamo": ("mamo", {}, "concat"),
     "mamo-seed": ("mamo", {"variant": "seed"}, "concat"),
     "maskvlm": ("maskvlm", {"decoder_depth": 1}, "co_attention"),

@@ -1,8 +1,8 @@
-"""The two retrieval tables of one split: dual encoder alone, and re-ranked by ITM."""
+"""The two retrieval tables of one split: by features alone, and by the model's pair score."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,28 @@ from vicvlm_cli.evaluation.recall import RetrievalMetrics, evaluate_features
 from vicvlm_cli.evaluation.rerank import TOP_K, rerank
 from vicvlm_cli.evaluation.tokens import encode_split
 from vicvlm_cli.inference import IMAGE_BATCH
-from vicvlm_cli.model.vlm import VLM
+from vicvlm_cli.model.vlm import PairScore, RetrievalModel
 from vicvlm_cli.report.progress import Progress
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`reranked` is None where no re-ranking was asked for or the model has no matching head."""
+    """`reranked` is None where no re-ranking was asked for or the model cannot match pairs.
+
+    `pair_score` is the model's own; `top_k` is 0 where all pairs were scored.
+    """
 
     dual: RetrievalMetrics
     reranked: RetrievalMetrics | None
     rerank_weight: float
     top_k: int
+    pair_score: PairScore | None = None
+
+    @property
+    def own(self) -> RetrievalMetrics:
+        """The table that validations go by: re-ranked only where the features are no method."""
+        alone = self.pair_score is not None and self.pair_score.alone
+        return self.reranked if alone and self.reranked is not None else self.dual
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers for JSON."""
@@ -33,6 +43,8 @@ class Evaluation:
             "dual": self.dual.to_dict(),
             "reranked": self.reranked.to_dict() if self.reranked else None,
             "rerank_weight": self.rerank_weight,
+            "pair_score": asdict(self.pair_score) if self.pair_score else None,
+            "rsum": self.own.rsum,
             "top_k": self.top_k,
         }
 
@@ -85,7 +97,7 @@ class EvaluationReport:
 
 
 def evaluate_split(
-    vlm: VLM,
+    vlm: RetrievalModel,
     tokenizer: Tokenizer,
     split: Split,
     *,
@@ -105,13 +117,16 @@ def evaluate_split(
         device: where `vlm` is.
         top_k: candidates a query to re-rank; 0 for the dual table only.
         rerank_weight: what ITM counts in the combined score; None chooses it on this split
-            (only for validation).
+            (only for validation). Of no account where the pair score stands alone.
         images: evaluate the first so many images only.
 
     Raises:
         UserError: the split is empty or damaged.
     """
-    matching = top_k > 0 and vlm.can_match
+    own = vlm.pair_score
+    if own is not None and own.alone:
+        rerank_weight = 1.0
+    matching = top_k > 0 and own is not None
     # At weight 0 the candidates keep their order: the dual table is the re-ranked one.
     scoring = matching and rerank_weight != 0
     features = encode_split(
@@ -127,8 +142,8 @@ def evaluate_split(
     )
     if not scoring:
         dual = evaluate_features(features.image, features.text, features.text_image)
-        return Evaluation(dual, dual if matching else None, 0.0, top_k if matching else 0)
+        return Evaluation(dual, dual if matching else None, 0.0, top_k if matching else 0, own)
     scored = rerank(vlm, features, top_k=top_k, precision=precision, progress=progress)
     weight = scored.choose_weight() if rerank_weight is None else rerank_weight
     # At weight 0 the order is the dual encoder's, whose ranks were counted with the candidates.
-    return Evaluation(scored.metrics(0.0), scored.metrics(weight), weight, top_k)
+    return Evaluation(scored.metrics(0.0), scored.metrics(weight), weight, top_k, own)

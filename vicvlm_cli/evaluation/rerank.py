@@ -1,4 +1,4 @@
-"""Re-ranking: the dual encoder's top k candidates, ordered by similarity and ITM together."""
+"""Re-ranking: the top k candidates by similarity, ordered by the model's own score of pairs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vicvlm_cli.evaluation.tokens import SplitFeatures
 from vicvlm_cli.gallery.search import running_top_k
 from vicvlm_cli.inference import inferring
 from vicvlm_cli.model.fusion import CrossAttentionFusion
-from vicvlm_cli.model.vlm import VLM, Encoded
+from vicvlm_cli.model.vlm import VLM, Encoded, RetrievalModel
 from vicvlm_cli.report.progress import Progress
 
 TOP_K = 128
@@ -49,10 +49,10 @@ class Candidates:
         Candidates come before everything else, which keeps the dual order. Ties and NaN count
         against the model. Weight 0 gives `dual_rank` exactly.
         """
+        if not weight:
+            return self.dual_rank
         # In float64: scaling in float32 would make ties that the cosines do not have.
-        combined = scale * self.cosine.double()
-        if weight:
-            combined = combined + weight * logit.double()
+        combined = scale * self.cosine.double() + weight * logit.double()
         keys = adverse(combined, self.positive)
         best = keys.masked_fill(~self.positive, -torch.inf).amax(1, keepdim=True)
         before = ((keys > best) & ~self.positive).sum(1)
@@ -90,7 +90,7 @@ def candidates(
 
 
 def match_pairs(
-    vlm: VLM,
+    vlm: RetrievalModel,
     features: SplitFeatures,
     image_index: Tensor,
     text_index: Tensor,
@@ -98,7 +98,7 @@ def match_pairs(
     precision: str = "auto",
     progress: Progress,
 ) -> Tensor:
-    """ITM log-odds [n] of pairs (image_index [n], text_index [n]), in large batches.
+    """The model's scores [n] of pairs (image_index [n], text_index [n]), in large batches.
 
     Pairs are taken by text length, so that padding is small, and in batches whose gathered
     tokens stay below a fixed number of bytes: memory does not grow with n.
@@ -108,7 +108,7 @@ def match_pairs(
     images, texts = features.image_tokens, features.text_tokens
     if images is None or texts is None:
         raise ValueError("re-ranking needs features with tokens")
-    if isinstance(vlm.fusion, CrossAttentionFusion):
+    if isinstance(vlm, VLM) and isinstance(vlm.fusion, CrossAttentionFusion):
         return match_by_picture(
             vlm, features, image_index, text_index, precision=precision, progress=progress
         )
@@ -139,9 +139,9 @@ def match_pairs(
 
 @dataclass(frozen=True)
 class Reranking:
-    """Both directions' candidates with their ITM log-odds, computed once for any weight.
+    """Both directions' candidates with the scores of their pairs, computed once for any weight.
 
-    images: for every text [T, k]; texts: for every image [I, k']; scale: exp(logit_scale).
+    images: for every text [T, k]; texts: for every image [I, k']; scale: what the cosine counts.
     """
 
     images: Candidates
@@ -151,7 +151,7 @@ class Reranking:
     scale: float
 
     def metrics(self, weight: float) -> RetrievalMetrics:
-        """The table with ITM at `weight`."""
+        """The table with the pair scores at `weight`; 0: the dual encoder's own order."""
         return metrics(
             self.images.ranks(self.image_logit, self.scale, weight),
             self.texts.ranks(self.text_logit, self.scale, weight),
@@ -174,7 +174,7 @@ class Reranking:
 
 
 def rerank(
-    vlm: VLM,
+    vlm: RetrievalModel,
     features: SplitFeatures,
     *,
     top_k: int = TOP_K,
@@ -183,8 +183,10 @@ def rerank(
 ) -> Reranking:
     """Finds the top k of both directions and scores every pair among them once.
 
-    Raises ValueError where `features` were made without tokens.
+    Raises ValueError where `features` were made without tokens, or the model cannot match.
     """
+    if vlm.pair_score is None:
+        raise ValueError("re-ranking needs a model that can match")
     image_group = torch.arange(len(features.image))
     text_group = features.text_image
     images = candidates(features.text, features.image, text_group, image_group, top_k)
@@ -210,5 +212,5 @@ def rerank(
         texts=texts,
         image_logit=first.view_as(images.index),
         text_logit=second.view_as(texts.index),
-        scale=vlm.logit_scale.detach().float().exp().item(),
+        scale=vlm.pair_score.weights(vlm.similarity_scale, 0.0)[0],
     )

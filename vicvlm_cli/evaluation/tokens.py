@@ -16,7 +16,7 @@ from vicvlm_cli.inference import (
     encode_image_batches,
     encode_text_batches,
 )
-from vicvlm_cli.model.vlm import VLM, Encoded
+from vicvlm_cli.model.vlm import Encoded, RetrievalModel
 from vicvlm_cli.report.progress import Progress
 
 
@@ -79,7 +79,7 @@ class SplitFeatures:
 
 
 def encode_split(
-    vlm: VLM,
+    vlm: RetrievalModel,
     tokenizer: Tokenizer,
     split: Split,
     *,

@@ -1,4 +1,4 @@
-"""The vision-language model: two encoders, two projections, a fusion encoder and a matching head.
+"""What every model does, and the one of two encoders with a fusion encoder and a matching head.
 
 What is needed to retrieve lives here; heads that only train (masked modelling, targets) live with
 the objective, so that a checkpoint carries no training baggage.
@@ -7,7 +7,7 @@ the objective, so that a checkpoint carries no training baggage.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from transformers import BertConfig
 
 from vicvlm_cli.config import ModelConfig
-from vicvlm_cli.errors import UserError
 from vicvlm_cli.model.fusion import FUSIONS, Fused, masked_mean
-from vicvlm_cli.model.image_encoder import ImageEncoder, resolve_image_encoder
+from vicvlm_cli.model.image_encoder import ImageEncoder
 from vicvlm_cli.model.shared import SharedBlock
-from vicvlm_cli.model.text_encoder import TextEncoder, bert_config, load_bert, load_half
+from vicvlm_cli.model.text_encoder import TextEncoder, bert_config
 
 
 class Encoded(NamedTuple):
@@ -37,20 +36,83 @@ class Encoded(NamedTuple):
     attended: Tensor | None = None
 
 
-class VLM(nn.Module):
-    """A compact image-text retrieval model.
+@dataclass(frozen=True)
+class PairScore:
+    """What a model has to say of a pair beyond the cosine of its two features.
+
+    ``name`` is what tables call it. The cosine always chooses a query's shortlist, within which the
+    score is added to it with a weight chosen on validation, or (``alone``) orders it by itself.
+    """
+
+    name: str
+    alone: bool = False
+
+    def weights(self, scale: float, weight: float) -> tuple[float, float]:
+        """What cosine and score count, given the inverse temperature and the chosen weight."""
+        return (0.0, 1.0) if self.alone else (scale, weight)
+
+
+class RetrievalModel(nn.Module):
+    """What evaluation, galleries and checkpoints need of a model, whatever its method.
 
     Args:
-        config: a *resolved* configuration, see :func:`create_model`; ``text_width``, ``vocab_size``
-            and the picture statistics are the encoders' own.
+        config: a *resolved* configuration, see :func:`vicvlm_cli.model.create.create_model`;
+            ``text_width``, ``vocab_size`` and the picture statistics are the encoders' own.
     """
 
     mean: Tensor
     std: Tensor
+    image_encoder: ImageEncoder  # it has a learning rate and frozen blocks of its own
 
-    def __init__(self, config: ModelConfig, image_weights: str = "") -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.logit_scale = nn.Parameter(torch.tensor(-math.log(config.temperature)))
+        for name, values in (("mean", config.image_mean), ("std", config.image_std)):
+            pixels = torch.tensor(values).view(1, 3, 1, 1) * 255
+            self.register_buffer(name, pixels, persistent=False)
+
+    @property
+    def pair_score(self) -> PairScore | None:
+        """How :meth:`match` counts; None: the model is a dual encoder and cannot match."""
+        return None
+
+    @property
+    def similarity_scale(self) -> float:
+        """The inverse temperature that cosines are multiplied with beside a pair score."""
+        return self.logit_scale.detach().float().exp().item()
+
+    @property
+    def can_match(self) -> bool:
+        """Whether there is more to score a pair with than its cosine."""
+        return self.pair_score is not None
+
+    def normalize(self, image: Tensor) -> Tensor:
+        """Pixels in [0, 255] to the encoder's range: [B, 3, S, S] to float [B, 3, S, S]."""
+        return (image.float() - self.mean) / self.std
+
+    def encode_image(self, image: Tensor) -> Encoded:
+        """Encode pictures.
+
+        Args:
+            image: uint8, or float in [0, 255], [B, 3, S, S] with S the configured image size.
+        """
+        raise NotImplementedError
+
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
+        """Encode captions: ``input_ids`` long [B, L], ``attention_mask`` bool [B, L]."""
+        raise NotImplementedError
+
+    def match(self, image: Encoded, text: Encoded) -> Tensor:
+        """Scores [B] of the pairs of each row, higher where they belong together."""
+        raise NotImplementedError
+
+
+class VLM(RetrievalModel):
+    """Two encoders with their projections and, for most methods, a fusion encoder."""
+
+    def __init__(self, config: ModelConfig, image_weights: str = "") -> None:
+        super().__init__(config)
         self.image_encoder = ImageEncoder(
             config.image_encoder,
             config.image_size,
@@ -66,7 +128,7 @@ class VLM(nn.Module):
         if config.fusion == "shared":
             width = self.image_encoder.width
             self.shared = SharedBlock(config.text_width, config.text_heads, width)
-        elif config.fusion != "none":
+        elif config.fusion in FUSIONS:
             self.fusion = FUSIONS[config.fusion](
                 bert, config.fusion_layers, self.image_encoder.width, image_tokens
             )
@@ -76,26 +138,14 @@ class VLM(nn.Module):
         self.itm_head: nn.Linear | None = None
         if self.fusion is not None:
             self.itm_head = nn.Linear(config.text_width + config.projection_dim, 1)
-        self.logit_scale = nn.Parameter(torch.tensor(-math.log(config.temperature)))
-        for name, values in (("mean", config.image_mean), ("std", config.image_std)):
-            pixels = torch.tensor(values).view(1, 3, 1, 1) * 255
-            self.register_buffer(name, pixels, persistent=False)
 
     @property
-    def can_match(self) -> bool:
-        """Whether there is a fusion encoder to score pairs with; a dual encoder has none."""
-        return self.itm_head is not None
-
-    def normalize(self, image: Tensor) -> Tensor:
-        """Pixels in [0, 255] to the encoder's range: [B, 3, S, S] to float [B, 3, S, S]."""
-        return (image.float() - self.mean) / self.std
+    def pair_score(self) -> PairScore | None:
+        """ITM where there is a fusion encoder."""
+        return None if self.itm_head is None else PairScore("ITM")
 
     def encode_image(self, image: Tensor) -> Encoded:
-        """Encode pictures.
-
-        Args:
-            image: uint8, or float in [0, 255], [B, 3, S, S] with S the configured image size.
-        """
+        """Encode pictures; as :class:`RetrievalModel`."""
         tokens = self.image_encoder(self.normalize(image))
         if self.shared is not None:
             return self._share(self.shared, tokens, None, self.image_projection)
@@ -106,7 +156,7 @@ class VLM(nn.Module):
         return Encoded(F.normalize(features, dim=-1), tokens, None)
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
-        """Encode captions: ``input_ids`` long [B, L], ``attention_mask`` bool [B, L]."""
+        """Encode captions; as :class:`RetrievalModel`."""
         tokens = self.text_encoder(input_ids, attention_mask)
         if self.shared is not None:
             return self._share(self.shared, tokens, attention_mask, self.text_projection)
@@ -157,56 +207,3 @@ def _bert_of(config: ModelConfig) -> BertConfig:
         layers=config.text_layers,
         dropout=config.text_dropout,
     )
-
-
-def create_model(config: ModelConfig, vocab_size: int, max_tokens: int | None = None) -> VLM:
-    """A new model with the pretrained weights that ``config`` names.
-
-    The model's ``config`` is resolved: it names an architecture, never a file or a hub, and
-    rebuilds the same shapes anywhere.
-
-    Raises:
-        UserError: an encoder is unknown, does not fit, or its weights cannot be loaded.
-    """
-    if config.fusion in ("none", "shared"):
-        config = replace(config, fusion_layers=0)
-    name, weights, statistics = resolve_image_encoder(config.image_encoder, config.image_weights)
-    resolved = replace(
-        config, image_encoder=name, image_weights="", text_encoder="", vocab_size=vocab_size
-    )
-    resolved = replace(resolved, **statistics)
-    if config.text_width % config.text_heads:
-        raise UserError(
-            f"model.text_width={config.text_width} is not a multiple of "
-            f"model.text_heads={config.text_heads}"
-        )
-    if not config.text_encoder:
-        return VLM(resolved, image_weights=weights)
-    bert, text, fusion = load_bert(config.text_encoder, config.text_layers, config.fusion_layers)
-    plain = bert_config(vocab_size=1, width=bert.hidden_size, heads=1, layers=1, dropout=0.0)
-    for key in ("intermediate_size", "hidden_act", "layer_norm_eps", "max_position_embeddings"):
-        if getattr(bert, key) != getattr(plain, key):
-            raise UserError(
-                f"{config.text_encoder!r} is not a plain BERT: its {key} is {getattr(bert, key)}, "
-                f"not {getattr(plain, key)}"
-            )
-    resolved = replace(
-        resolved,
-        vocab_size=bert.vocab_size,
-        text_width=bert.hidden_size,
-        text_heads=bert.num_attention_heads,
-        max_tokens=min(config.max_tokens, bert.max_position_embeddings),
-    )
-    model = VLM(resolved, image_weights=weights)
-    load_half(model.text_encoder.bert, text)
-    if model.fusion is None:
-        return model
-    fusion_bert: nn.Module = model.fusion.get_submodule("bert")
-    positions = "embeddings.position_embeddings.weight"
-    own = fusion_bert.state_dict()[positions]
-    if own.shape != fusion[positions].shape:  # more image tokens than BERT has positions
-        own = own.clone()
-        own[: len(fusion[positions])] = fusion[positions]
-        fusion[positions] = own
-    load_half(fusion_bert, fusion)
-    return model

@@ -4,7 +4,8 @@ An objective is a module that owns the model: ``__init__(model, tokenizer, confi
 ``Config``, the names of its ``LOSSES``, ``forward(batch, noise, active)`` giving raw named scalars
 and the trivial value of each, and ``after_step()``, called once an optimiser step. ``RECIPE`` is
 the settings that make the method: its fusion, its losses and how it is fine-tuned. They are laid
-over a preset where the method is asked for by name.
+over a preset where the method is asked for by name. ``MODEL`` is the kind of model that it trains,
+where that is not any :class:`VLM`.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from torch import nn
 from vicvlm_cli.config import TrainConfig, from_dict, merge
 from vicvlm_cli.data.tokenizer import Tokenizer
 from vicvlm_cli.errors import UsageError
-from vicvlm_cli.model.vlm import VLM
+from vicvlm_cli.model.vlm import VLM, RetrievalModel
 from vicvlm_cli.objectives.albef import ALBEF
 from vicvlm_cli.objectives.clip import CLIP
 from vicvlm_cli.objectives.mamo import MAMO
 from vicvlm_cli.objectives.maskvlm import MaskVLM
 from vicvlm_cli.objectives.retrieval import Retrieval
 from vicvlm_cli.objectives.s_smke import SSMKE
+from vicvlm_cli.objectives.scan import SCAN
 from vicvlm_cli.objectives.vicreg import TERMS, WithVICReg
 from vicvlm_cli.objectives.vicvlm import VicVLM
 from vicvlm_cli.objectives.vsepp import VSEPP
@@ -37,6 +39,7 @@ OBJECTIVES: dict[str, Any] = {
     "maskvlm": MaskVLM,
     "albef": ALBEF,
     "s_smke": SSMKE,
+    "scan": SCAN,
     "retrieval": Retrieval,
 }
 
@@ -57,13 +60,19 @@ def recipe_of(name: str) -> Mapping[str, Any]:
     return merge({"pretrain": {"objective": name}}, recipe)
 
 
-def create_objective(model: VLM, tokenizer: Tokenizer, config: TrainConfig) -> nn.Module:
+def create_objective(model: RetrievalModel, tokenizer: Tokenizer, config: TrainConfig) -> nn.Module:
     """The objective that ``config`` names, around ``model``.
 
     Raises:
-        UsageError: an unknown objective or option, or weights whose names are not its losses.
+        UsageError: an unknown objective or option, weights whose names are not its losses, or a
+            model that it cannot train.
     """
     objective = _find(config.objective)
+    if not isinstance(model, getattr(objective, "MODEL", VLM)):
+        raise UsageError(
+            f"{config.objective} cannot train a model of model.fusion={model.config.fusion}: leave "
+            "model.fusion to the method, or fine-tune with the objective that the checkpoint has"
+        )
     known = tuple(dict.fromkeys([*objective.LOSSES, *TERMS]))
     for name in config.losses:
         if name not in known:

@@ -97,7 +97,7 @@ def require_matching(model: VLM, objective: str) -> None:
     Raises:
         UsageError: the model is a dual encoder alone.
     """
-    if not model.can_match:
+    if model.itm_head is None:
         raise UsageError(
             f"{objective} matches pairs in a fusion encoder, and model.fusion is "
             f"{model.config.fusion}: choose another fusion, or the objective clip"

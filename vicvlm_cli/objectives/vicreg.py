@@ -100,6 +100,11 @@ class WithVICReg(nn.Module):
         self._seen.clear()
         values, trivial = self.objective(batch, noise, active - set(TERMS))
         if not active.isdisjoint(TERMS):
+            if any(x.dim() != 2 for x in self._seen.values()):
+                raise UsageError(
+                    "VICReg's terms are of one vector a picture and caption, and this model "
+                    f"projects each patch and word: leave {', '.join(TERMS)} out of the losses"
+                )
             # Gathered first: the expander's batch norm is that of the global batch.
             gathered = [
                 gather(self._seen[name].float()) for name in ("image_projection", "text_projection")

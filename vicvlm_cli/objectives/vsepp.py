@@ -52,13 +52,17 @@ class VSEPP(nn.Module):
 
     def forward(self, batch: Batch, noise: Noise, active: Set[str]) -> Losses:
         """The hinge of the global batch, and its value where all similarities are equal."""
-        image = self.model.encode_image(batch.image)
-        text = self.model.encode_text(batch.input_ids, batch.attention_mask)
-        similarity = gather(image.features.float()) @ gather(text.features.float()).T  # [G, G]
+        similarity = self.similarity(batch)
         hardest = int(self.steps) >= self.config.mean_steps
         margin = self.config.margin
         loss = losses.hinge(similarity, gather(batch.image_id), margin, hardest)
         return {"hinge": loss}, {"hinge": torch.tensor(2 * margin)}
+
+    def similarity(self, batch: Batch) -> Tensor:
+        """Of all pictures of the global batch with all captions, [G, G], pictures in rows."""
+        image = self.model.encode_image(batch.image)
+        text = self.model.encode_text(batch.input_ids, batch.attention_mask)
+        return gather(image.features.float()) @ gather(text.features.float()).T
 
     def after_step(self) -> None:
         """Count; once an optimiser step."""

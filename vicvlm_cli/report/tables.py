@@ -92,7 +92,8 @@ def training_tables(result: Trained) -> list[Group]:
     blocks = [_block("Losses", loss_summary_table(result.losses), lines)]
     lines = [f"weights in {result.checkpoint}"]
     if result.validation:
-        if result.rerank_weight:
+        own = result.validation[-1].get("pair_score") or {}
+        if result.rerank_weight and not own.get("alone"):
             lines.append(f"ITM weight in re-ranking: {result.rerank_weight:g}")
         blocks.append(
             _block("Validation", _validation_table(result.validation, result.best), lines)
@@ -119,14 +120,21 @@ def loss_summary_table(rows: Iterable[Loss]) -> Table:
 
 
 def evaluation_tables(report: EvaluationReport) -> list[Group]:
-    """The dual encoder's table and, if there is one, the re-ranked table."""
+    """The features' table and, if there is one, that of the model's score of pairs."""
     evaluation = report.evaluation
+    own = evaluation.pair_score
+    alone = own is not None and own.alone
     lines = [report.data_title, *(f"note: {note}" for note in report.notes)]
-    blocks = [_block("Dual encoder alone", metrics_table(evaluation.dual), lines)]
+    title = "Shortlist alone (cosine of the features)" if alone else "Dual encoder alone"
+    blocks = [_block(title, metrics_table(evaluation.dual), lines)]
     if evaluation.reranked is not None:
+        name = own.name if own else "ITM"
+        among = f"top {evaluation.top_k}" if evaluation.top_k else "all pairs"
         title = (
-            f"Re-ranked by ITM (top {evaluation.top_k}, "
-            f"similarity + {evaluation.rerank_weight:g} x ITM)"
+            f"{name[0].upper()}{name[1:]} ({among})"
+            if alone
+            else f"Re-ranked by {name} ({among}, "
+            f"similarity + {evaluation.rerank_weight:g} x {name})"
         )
         blocks.append(_block(title, metrics_table(evaluation.reranked), lines))
     return blocks

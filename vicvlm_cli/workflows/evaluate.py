@@ -25,13 +25,13 @@ def evaluate(
     rerank_weight: float | None = None,
     progress: Progress,
 ) -> EvaluationReport:
-    """Measures the dual encoder alone and re-ranked by ITM over the top k candidates.
+    """Measures the features alone, and the model's own score of pairs over the top k candidates.
 
     Args:
         split: None is "test".
-        top_k: candidates a query; 0 for the dual table only.
+        top_k: candidates a query; 0 for the features' table only.
         rerank_weight: what ITM counts beside the similarity; None is the checkpoint's, which was
-            chosen on validation in training.
+            chosen on validation in training. Of no account where the pair score stands alone.
 
     Raises:
         UserError: the checkpoint or data set cannot be read, or has no such split.
@@ -49,13 +49,20 @@ def evaluate(
     progress.say(f"split: {part.title} (--split to change)")
     progress.say(f"computing on: {model.device.type}, {precision}")
     notes = _notes(dataset.manifest, part, model.info)
-    if top_k and not model.vlm.can_match:
-        notes.append("the model has no matching head: there is no re-ranked table")
-    elif top_k and weight == 0:
+    own = model.vlm.pair_score
+    if own is None:
+        if top_k:
+            notes.append("the model has no matching head: there is no re-ranked table")
+    elif not top_k:
+        if own.alone:
+            notes.append(f"this is the shortlist's order, not that of {own.name}: raise --top-k")
+    elif own.alone:
+        progress.say(f"{own.name}: orders the top {top_k} of each query (--top-k to change)")
+    elif weight == 0:
         notes.append(
             "ITM has weight 0 (it gained nothing on validation): re-ranking changes nothing"
         )
-    elif top_k:
+    else:
         origin = "from the checkpoint" if rerank_weight is None else "as given"
         progress.say(
             f"re-ranking: the top {top_k} (--top-k to change), ITM weight {weight:g} {origin}"

@@ -36,7 +36,8 @@ def retrieve(
     Args:
         checkpoint: None is the model that the gallery names.
         top_k: how many hits, at most as many as the gallery has pictures.
-        rerank: order the best candidates by similarity and ITM together (text queries only).
+        rerank: order the best candidates by similarity and ITM together (text queries only). A
+            model whose pair score stands alone (SCAN, ViLT) always orders them by that.
         sheet: a picture file to draw the query and the hits into.
 
     Raises:
@@ -58,7 +59,10 @@ def retrieve(
         check_sheet(sheet)
     stored = Gallery.open(gallery)
     model = _model_of(stored, gallery, checkpoint, progress)
-    if rerank and not model.vlm.can_match:
+    own = model.vlm.pair_score
+    if own is not None and own.alone and query is not None:
+        rerank = True
+    if rerank and own is None:
         raise UsageError("this model has no matching head: leave out --rerank")
     text = query or ""
     if image is None:
@@ -158,10 +162,10 @@ def _reranked(
             f"no candidate's picture can be read from {gallery.source}: leave out --rerank, or run "
             "`vicvlm embed` on where the pictures are now"
         )
-    progress.say(
-        f"re-ranking: {len(kept)} candidates, ITM weight {model.info.rerank_weight:g} "
-        "from the checkpoint"
-    )
+    own = model.vlm.pair_score
+    assert own is not None
+    how = f"{own.name} weight {model.info.rerank_weight:g} from the checkpoint"
+    progress.say(f"re-ranking: {len(kept)} candidates, {f'by {own.name}' if own.alone else how}")
     scores = model.score_pairs(pictures, [query] * len(pictures))
     order = scores.argsort(descending=True, stable=True)
     at = torch.tensor(kept)[order]

@@ -16,7 +16,7 @@ from vicvlm_cli.config import Config, TrainConfig
 from vicvlm_cli.data.prepared import PreparedDataset
 from vicvlm_cli.data.tokenizer import Tokenizer
 from vicvlm_cli.evaluation.evaluate import evaluate_split
-from vicvlm_cli.model.vlm import VLM
+from vicvlm_cli.model.vlm import RetrievalModel
 from vicvlm_cli.report.progress import Progress
 from vicvlm_cli.workflows.loop import Position, save_run_state
 from vicvlm_cli.workflows.metrics import Metrics
@@ -28,7 +28,7 @@ class Job:
 
     kind: str  # "pretrain" or "finetune"
     config: Config
-    model: VLM
+    model: RetrievalModel
     tokenizer: Tokenizer
     dataset: PreparedDataset
     run: Path
@@ -67,7 +67,7 @@ class Session:
     def validate(self) -> None:
         """Recall on validation by the first process, the others wait; keeps the better weights."""
         if self.accelerator.is_main_process:
-            self._measure_and_keep(top_k=0)
+            self._measure_and_keep(self._top_k if self._alone else 0)
         self.accelerator.wait_for_everyone()
 
     def finish(self) -> float:
@@ -75,10 +75,11 @@ class Session:
         weight = 0.0
         if self.accelerator.is_main_process:
             rows = self.job.position.validation
-            top_k = self.job.train.rerank_top_k if "itm" in self.metrics.history else 0
+            top_k = self._top_k if self._alone or "itm" in self.metrics.history else 0
             row = self._measure_and_keep(top_k)
-            if row is None and top_k and rows:  # earlier weights are the better ones
-                at = max(range(len(rows)), key=lambda i: rows[i]["dual"]["rsum"])
+            # Earlier weights may be the better ones.
+            if row is None and top_k and rows and not self._alone:
+                at = max(range(len(rows)), key=lambda i: rows[i]["rsum"])
                 kept = load_model(self.checkpoint, device=self.accelerator.device).vlm
                 facts = {name: rows[at][name] for name in ("step", "seconds", "pairs")}
                 row = rows[at] = self._measure(kept, top_k, facts)
@@ -87,6 +88,16 @@ class Session:
             shutil.rmtree(self.job.run / "state", ignore_errors=True)
         self.accelerator.wait_for_everyone()
         return float(broadcast_object_list([weight])[0])
+
+    @property
+    def _alone(self) -> bool:
+        """Whether the model's pair score stands alone: it is then what validations go by."""
+        own = self.job.model.pair_score
+        return own is not None and own.alone
+
+    @property
+    def _top_k(self) -> int:
+        return self.job.train.rerank_top_k
 
     def save_state(self) -> None:
         """Write what resuming needs."""
@@ -110,14 +121,14 @@ class Session:
         facts = {"step": position.step, "seconds": round(position.seconds, 1)}
         row = self._measure(job.model, top_k, facts | {"pairs": position.pairs})
         position.validation.append(row)
-        better = row["dual"]["rsum"] > position.best
-        position.best = max(position.best, row["dual"]["rsum"])
+        better = row["rsum"] > position.best
+        position.best = max(position.best, row["rsum"])
         if job.train.select == "best" and not better:
             return None
         self._keep(job.model, row["rerank_weight"])
         return row
 
-    def _measure(self, model: VLM, top_k: int, facts: dict[str, Any]) -> dict[str, Any]:
+    def _measure(self, model: RetrievalModel, top_k: int, facts: dict[str, Any]) -> dict[str, Any]:
         assert self.split is not None
         result = evaluate_split(
             model,
@@ -131,14 +142,14 @@ class Session:
         )
         row = facts | result.to_dict()
         self.metrics.write({"kind": "validation", **row})
-        dual = result.dual
+        own = result.own
         self.progress.say(
-            f"validation at step {row['step']}: R@1 {dual.image_retrieval.r1:.1f} text to image, "
-            f"{dual.text_retrieval.r1:.1f} image to text, RSUM {dual.rsum:.1f}"
+            f"validation at step {row['step']}: R@1 {own.image_retrieval.r1:.1f} text to image, "
+            f"{own.text_retrieval.r1:.1f} image to text, RSUM {own.rsum:.1f}"
         )
         return row
 
-    def _keep(self, model: VLM, rerank_weight: float) -> None:
+    def _keep(self, model: RetrievalModel, rerank_weight: float) -> None:
         job = self.job
         save_model(
             self.checkpoint,

@@ -23,7 +23,7 @@ from vicvlm_cli.data.batches import Plan
 from vicvlm_cli.data.prepared import PreparedDataset
 from vicvlm_cli.data.tokenizer import Tokenizer
 from vicvlm_cli.errors import UsageError, UserError
-from vicvlm_cli.model.vlm import VLM, create_model
+from vicvlm_cli.model.create import build_model, create_model
 from vicvlm_cli.objectives import create_objective, recipe_of
 from vicvlm_cli.report.progress import Progress
 from vicvlm_cli.workflows.launch import join, make_accelerator, run_folder, with_workers
@@ -174,7 +174,7 @@ def _resume(
     train = config.pretrain if kind == "pretrain" else config.finetune
     accelerator = make_accelerator(train, track, run)
     set_seed(train.seed)
-    model = VLM(configs.from_dict(ModelConfig, description["model"]))
+    model = build_model(configs.from_dict(ModelConfig, description["model"]))
     job = Job(kind, config, model, tokenizer, dataset, run, position, state)
     progress.say(f"resuming {run} at step {position.step}")
     return _train(job, accelerator, progress)
@@ -231,7 +231,7 @@ def _train(job: Job, accelerator: Accelerator, progress: Progress) -> TrainResul
         run=job.run,
         losses=metrics.summary({name: loss.weight for name, loss in config.losses.items()}),
         validation=rows,
-        best=max(rows, key=lambda row: row["dual"]["rsum"], default=None),
+        best=max(rows, key=lambda row: row["rsum"], default=None),
         steps=job.position.step,
         pairs=job.position.pairs,
         seconds=round(job.position.seconds, 1),
