@@ -21,7 +21,7 @@ from statistics import mean, stdev
 from typing import Annotated, Any
 
 import typer
-from runs import Run, Unfinished, advance
+from trainings import Run, Unfinished, advance
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
