@@ -140,6 +140,7 @@ CHOICES = {
         "co_attention",
         "shared",
         "stacked_attention",
+        "single_stream",
         "none",
     ),
     "data.captions": ("all", "one"),
