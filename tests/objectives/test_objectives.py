@@ -222,6 +222,15 @@ def test_masked_words_are_predicted_without_seeing_them(fusion: str) -> None:
     assert not bool((changed & ~batch.attention_mask).any())
 
 
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_validation_changes_no_state(name: str, options: dict[str, Any]) -> None:
+    objective = make(name, options).eval()
+    before = {k: v.clone() for k, v in objective.state_dict().items()}
+    with torch.no_grad():
+        objective(make_batch(), Noise(0, 0, CPU), set(objective.LOSSES))
+    assert all(torch.equal(v, before[k]) for k, v in objective.state_dict().items())
+
+
 def test_token_counts_are_of_training_only() -> None:
     objective = make("vicvlm", {"predictor_width": 32})
     start = objective.token_counts.clone()
