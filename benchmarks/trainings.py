@@ -95,7 +95,7 @@ def advance(run: Run, work: Path, until: float, results: Path) -> dict[str, Any]
         "evaluate": json.loads(text) | {"peak_mb": peak},
     }
     results.mkdir(parents=True, exist_ok=True)
-    _write_whole(file, row)
+    write_whole(file, row)
     return row
 
 
@@ -130,7 +130,7 @@ def _train(
                 leftover.unlink()
         code, _, peak = _vicvlm(command, folder.parent, until)
         known["peak_mb"] = max(known["peak_mb"], peak)
-        _write_whole(note, known)
+        write_whole(note, known)
         if not result.exists():
             if code and time.monotonic() < until:
                 raise SystemExit(f"{run.key} failed; {folder.parent / 'log.txt'} says why")
@@ -172,7 +172,8 @@ def _ended(pidfd: int, seconds: float) -> bool:
     return bool(select.select([pidfd], [], [], seconds)[0])
 
 
-def _write_whole(path: Path, row: dict[str, Any]) -> None:
+def write_whole(path: Path, row: dict[str, Any]) -> None:
+    """A JSON file that appears whole or not at all."""
     beside = path.with_suffix(".part")
     beside.write_text(json.dumps(row, indent=1) + "\n", "utf-8")
     os.replace(beside, path)

@@ -1,0 +1,139 @@
+"""Finished runs of several methods as Markdown tables and curves."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+Result = dict[str, Any]
+WAYS = ("image_retrieval", "text_retrieval")
+SHARES = (0.25, 0.5, 1.0)  # of the time or the pairs that all runs have had
+
+
+def read_runs(folder: Path, order: Iterable[str]) -> dict[str, list[Result]]:
+    """The runs in ``folder`` by method, in the order given."""
+    found: dict[str, list[Result]] = {}
+    for file in sorted(folder.glob("*.json")):
+        one: Result = json.loads(file.read_text("utf-8"))
+        found.setdefault(one["name"], []).append(one)
+    return {name: found[name] for name in order if name in found}
+
+
+def final_table(runs: dict[str, list[Result]], flops: Path) -> str:
+    """Recall on the final split both ways, and what training cost; ``*``: only a shortlist."""
+    titles = [
+        "method",
+        "runs",
+        "features alone: text to image R@1 / 5 / 10",
+        "image to text R@1 / 5 / 10",
+        "pair scores: text to image",
+        "image to text",
+        "pairs/s",
+        "GFLOP a pair",
+        "peak MB",
+    ]
+    rows = []
+    for name, results in runs.items():
+        shortlist = alone(results[0]["evaluate"])
+        cells = [name, str(len(results))]
+        for kind in ("dual", "reranked"):
+            for way in WAYS:
+                tables = [r["evaluate"][kind] for r in results]
+                words = "-"
+                if all(tables):
+                    keys = ("r1", "r5", "r10")
+                    words = " / ".join(spread([t[way][k] for t in tables]) for k in keys)
+                cells.append(words + "*" * (shortlist and kind == "dual"))
+        cells.append(f"{mean(r['pretrain']['pairs_per_second'] for r in results):.0f}")
+        file = flops / f"{name}.json"
+        known = file.exists()
+        cells.append(f"{json.loads(file.read_text())['gflop_per_pair']:.3g}" if known else "-")
+        cells.append(f"{max(r['pretrain']['peak_mb'] for r in results):,}")
+        rows.append(cells)
+    text = table(titles, rows)
+    if any(alone(results[0]["evaluate"]) for results in runs.values()):
+        text += "\n\n\\* the shortlist, which is no way of the method's own to score"
+    return text
+
+
+def shared_table(runs: dict[str, list[Result]], against: str) -> str:
+    """Recall at equal ``seconds`` or ``pairs``: shares of what every run has had."""
+    shared = min(
+        run["pretrain"]["validation"][-1][against] for results in runs.values() for run in results
+    )
+    places = [share * shared for share in SHARES]
+    unit = "s" if against == "seconds" else "pairs"
+    rows = [
+        [name, *(spread([at(run, against, place) for run in results]) for place in places)]
+        for name, results in runs.items()
+    ]
+    return table(["method", *(f"after {place:,.0f} {unit}" for place in places)], rows)
+
+
+def table(titles: list[str], rows: list[list[str]]) -> str:
+    """Markdown."""
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def spread(values: list[float]) -> str:
+    """Mean, and its standard error where there are several."""
+    if len(values) < 2:
+        return f"{values[0]:.1f}"
+    return f"{mean(values):.1f} ± {stdev(values) / math.sqrt(len(values)):.1f}"
+
+
+def alone(evaluation: Result) -> bool:
+    """Whether pair scores alone order the candidates, so that the features are a shortlist."""
+    return bool((evaluation.get("pair_score") or {}).get("alone"))
+
+
+def curve(run: Result, against: str) -> list[tuple[float, float]]:
+    """(seconds or pairs, mean of both R@1) of the validations of a pretraining."""
+    points = []
+    for row in run["pretrain"]["validation"]:
+        metrics = (row["reranked"] if alone(row) else None) or row["dual"]
+        points.append((row[against], mean(metrics[way]["r1"] for way in WAYS)))
+    return points
+
+
+def at(run: Result, against: str, place: float) -> float:
+    """The curve of a run at ``place``, on a straight line between two validations."""
+    points = [(0.0, 0.0), *curve(run, against)]
+    for (x, y), (x1, y1) in zip(points, points[1:], strict=False):
+        if place <= x1:
+            return y + (y1 - y) * (place - x) / max(x1 - x, 1e-9)
+    return points[-1][1]
+
+
+def draw(runs: dict[str, list[Result]], path: Path) -> None:
+    """Recall against minutes and against pairs, a line a run."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise SystemExit("--plot needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    colours = plt.get_cmap("tab20").colors
+    for axis, against, unit in zip(axes, ("seconds", "pairs"), (60, 1000), strict=True):
+        for number, (name, results) in enumerate(runs.items()):
+            for i, run in enumerate(results):
+                points = [(x / unit, y) for x, y in curve(run, against)]
+                axis.plot(
+                    *zip(*points, strict=True),
+                    color=colours[number % len(colours)],
+                    label=name if i == 0 else None,
+                    marker=".",
+                )
+        axis.set_xlabel("CPU minutes" if against == "seconds" else "thousand pairs")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("mean of both R@1 on validation")
+    axes[0].legend(fontsize="small")
+    figure.tight_layout()
+    figure.savefig(path)

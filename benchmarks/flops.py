@@ -1,0 +1,76 @@
+"""What a training step costs in floating-point operations, averaged over a run's schedule."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Set
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from vicvlm_cli.config import TrainConfig, load_config
+from vicvlm_cli.data.batches import Plan, Rows, batches, load_size
+from vicvlm_cli.data.prepared import PreparedDataset
+from vicvlm_cli.data.tokenizer import Tokenizer
+from vicvlm_cli.model.create import create_model
+from vicvlm_cli.objectives import create_objective, recipe_of
+from vicvlm_cli.objectives.ranks import Noise
+from vicvlm_cli.workflows.loop import augment
+from vicvlm_cli.workflows.train import DEFAULT_PRESET, PRESET_OF_SOURCE
+
+STEPS = 1000  # of an imagined run, whose schedule is averaged over
+
+
+def gflop_per_pair(data: Path, preset: str | None, settings: tuple[str, ...]) -> float:
+    """GFLOP of a pair in pretraining: forward and backward, all that the objective runs.
+
+    Matrix products, attention and convolutions count, a multiply-add as two; EMA targets and
+    teachers too. Every set of losses that is on together in some step is measured once, on a real
+    batch, and counts as often as it is on: losses share passes, and do not add up.
+
+    Args:
+        preset: None is the data set's own.
+        settings: ``KEY=VALUE`` as for ``--set``.
+    """
+    dataset = PreparedDataset.open(data)
+    preset = preset or PRESET_OF_SOURCE.get(dataset.manifest.source, DEFAULT_PRESET)
+    config = load_config(preset, None, settings, recipe_of=recipe_of)
+    split, train = dataset.split("train"), config.pretrain
+    captions = [caption for group in split.captions for caption in group]
+    if config.model.text_encoder:
+        tokenizer = Tokenizer.load(config.model.text_encoder)
+    else:
+        tokenizer = Tokenizer.train(captions, config.model.vocab_size)
+    model = create_model(config.model, tokenizer.vocab_size)
+    model.image_encoder.freeze(train.frozen_blocks)
+    objective = create_objective(model, tokenizer, train).train()
+
+    rows = Rows(
+        split, tokenizer, load_size(model.config.image_size, config.data), config.model.max_tokens
+    )
+    counts = tuple(len(group) for group in split.captions)
+    size = min(train.batch_size, len(split))
+    plan = Plan(counts, config.data.captions, size, train.seed, more=config.data.more_captions)
+    batch = next(batches(rows, plan))
+    noise = Noise(train.seed, 0, torch.device("cpu"))
+    batch.image = augment(batch, model.config.image_size, config.data, noise)
+
+    def cost(active: Set[str]) -> float:
+        with FlopCounterMode(display=False) as counter:
+            values, _ = objective(batch, noise, active)
+            torch.stack(list(values.values())).sum().backward()  # as the training loop does
+        objective.zero_grad()
+        return counter.get_total_flops() / size / 1e9
+
+    schedule = active_sets(train)
+    total = sum(cost(active) * number for active, number in schedule.items())
+    return total / schedule.total()
+
+
+def active_sets(train: TrainConfig) -> Counter[frozenset[str]]:
+    """How many of ``STEPS`` steps each set of losses is on in."""
+    return Counter(
+        frozenset(name for name, loss in train.losses.items() if loss.at(i / STEPS, i) > 0)
+        for i in range(STEPS)
+    )
