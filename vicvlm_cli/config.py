@@ -64,6 +64,7 @@ class DataConfig:
     """How prepared pictures become training batches."""
 
     captions: str = "all"  # "all": every pair once an epoch; "one": every image once, one caption
+    more_captions: int = 0  # further captions of each picture that ITC contrasts in the same step
     crop_scale: float = 0.5  # smallest area of a random crop, as a share of the picture
     flip: bool = True  # only where the caption names no side
     color_jitter: float = 0.0  # off: captions name colours
@@ -101,6 +102,7 @@ class TrainConfig:
     losses: dict[str, LossConfig] = field(default_factory=dict)
     epochs: float = 15.0
     max_minutes: float = 0.0  # 0: no limit; else the schedule ends with the time
+    clock: str = "wall"  # or "cpu": the training's own CPU time a thread, to compare by
     batch_size: int = 96  # pairs a process and step
     accumulate: int = 1
     lr: float = 2.5e-4
@@ -135,6 +137,8 @@ CHOICES = {
     "data.captions": ("all", "one"),
     "pretrain.precision": ("auto", "no", "bf16", "fp16"),
     "finetune.precision": ("auto", "no", "bf16", "fp16"),
+    "pretrain.clock": ("wall", "cpu"),
+    "finetune.clock": ("wall", "cpu"),
     "pretrain.select": ("best", "last"),
     "finetune.select": ("best", "last"),
 }
@@ -146,6 +150,7 @@ POSITIVE = (
 NOT_NEGATIVE = (
     *("weight", "start", "ramp", "seed", "max_minutes", "image_lr", "weight_decay", "warmup"),
     *("validate_every", "validation_images", "rerank_top_k", "color_jitter", "text_dropout"),
+    *("more_captions",),
 )
 
 

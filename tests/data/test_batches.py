@@ -121,12 +121,47 @@ def test_batches_hold_what_the_plan_says(workers: int, cache_bytes: int) -> None
             assert batch.flip_ok.tolist() == [c % 2 == 0 for _, c in wanted]
 
 
+@pytest.mark.parametrize("mode", ["all", "one"])
+def test_further_captions_are_others_of_the_same_picture(mode: str) -> None:
+    plain, schedule = plan(mode, 2), plan(mode, 2, more=3)
+    chosen = set()
+    for epoch in range(30):
+        both = zip(plain.epoch(epoch), schedule.epoch(epoch), strict=True)
+        for without, batch in both:
+            assert batch.shape == (2, 5) and np.array_equal(batch[:, :2], without)
+            for i, *captions in batch.tolist():
+                assert set(captions) <= set(range(COUNTS[i]))
+                assert len(set(captions)) == min(4, COUNTS[i])  # again only where there are too few
+                chosen.add((i, *captions))
+    assert len({c for c in chosen if c[0] == 5}) > 10  # in any order
+    ranks = [plan(mode, 1, more=3, rank=r, world_size=2).epoch(4) for r in (0, 1)]
+    joint = [np.concatenate(parts) for parts in zip(*ranks, strict=True)]
+    assert np.array_equal(np.stack(joint), np.stack(schedule.epoch(4)))
+
+
+def test_further_captions_come_with_the_batch() -> None:
+    split, tokenizer = FakeSplit(), make_tokenizer()
+    schedule = plan("one", 4, more=2)
+    made = list(batches(make_rows(split), schedule, 1))
+    for batch, wanted in zip(made, schedule.epoch(1), strict=True):
+        further = [split.captions[i][c] for i, _, *more in wanted for c in more]
+        ids, mask = tokenizer(further, 24)
+        assert batch.more_ids is not None and batch.more_mask is not None
+        assert torch.equal(batch.more_ids.flatten(0, 1), ids)
+        assert torch.equal(batch.more_mask.flatten(0, 1), mask)
+        assert batch.flip_ok.tolist() == [all(c % 2 == 0 for c in row[1:]) for row in wanted]
+        part = batch.rows(slice(None, None, 2)).to(torch.device("cpu"))
+        assert part.more_ids is not None and torch.equal(part.more_ids, batch.more_ids[::2])
+        assert torch.equal(part.image, batch.image[::2])
+
+
 def test_the_loader_goes_on_in_the_middle() -> None:
     whole = list(batches(make_rows(), plan(), 2))
     rest = list(batches(make_rows(), plan(), 2, start=4))
     assert len(rest) == len(whole) - 4
     for a, b in zip(whole[4:], rest, strict=True):
-        assert all(torch.equal(x, getattr(b, name)) for name, x in a.__dict__.items())
+        assert torch.equal(a.image, b.image) and torch.equal(a.input_ids, b.input_ids)
+        assert torch.equal(a.image_id, b.image_id) and torch.equal(a.flip_ok, b.flip_ok)
 
 
 def test_pictures_that_fit_in_memory_are_decoded_once() -> None:
@@ -171,4 +206,6 @@ def test_a_batch_moves_as_a_whole() -> None:
     batch = next(batches(make_rows(), plan(), 0))
     moved = batch.to(torch.device("meta"))
     assert isinstance(moved, Batch)
-    assert {x.device.type for x in moved.__dict__.values()} == {"meta"}
+    assert {x.device.type for x in moved.__dict__.values() if x is not None} == {"meta"}
+    more = next(batches(make_rows(), plan(more=1), 0)).to(torch.device("meta"))
+    assert {x.device.type for x in more.__dict__.values()} == {"meta"}

@@ -27,7 +27,7 @@ def test_contrast_is_itc_on_scaled_cosines() -> None:
     model, batch = make_model(), make_batch()
     batch.image_id[3] = batch.image_id[1]
     image, text = encode(model, batch)
-    got = contrast(model, image, text, batch.image_id)
+    got = contrast(model, image, text, batch)
     cosine = torch.nn.functional.cosine_similarity(
         image.features[:, None], text.features[None], dim=2
     )
@@ -36,6 +36,22 @@ def test_contrast_is_itc_on_scaled_cosines() -> None:
     torch.testing.assert_close(got.loss, losses.itc(expected, batch.image_id))
     got.loss.backward()
     assert model.logit_scale.grad is not None and float(model.logit_scale.grad) != 0
+
+
+def test_contrast_takes_further_captions_in() -> None:
+    model, batch = make_model(), make_batch(4)
+    batch.image_id[2] = batch.image_id[0]
+    ids, mask = batch.input_ids, batch.attention_mask
+    plain = contrast(model, *encode(model, batch), batch)
+    # Each picture's further captions are those of the next two.
+    batch.more_ids = torch.stack([ids.roll(-1, 0), ids.roll(-2, 0)], 1)
+    batch.more_mask = torch.stack([mask.roll(-1, 0), mask.roll(-2, 0)], 1)
+    got = contrast(model, *encode(model, batch), batch)
+    s = plain.similarity
+    whole = torch.cat([s, s.roll(-1, 1), s.roll(-2, 1)], 1)
+    torch.testing.assert_close(got.loss, losses.itc(whole, batch.image_id), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got.similarity, s)  # what hard negatives are drawn by
+    assert float(got.trivial) > float(plain.trivial) == pytest.approx(math.log(4))
 
 
 def slow_match(
@@ -74,7 +90,7 @@ def test_matching_equals_scoring_every_pair_alone(fusion: str, number: int) -> N
     for slow in (False, True):
         model.zero_grad()
         image, text = encode(model, batch)
-        contrasted = contrast(model, image, text, batch.image_id)
+        contrasted = contrast(model, image, text, batch)
         if slow:
             loss = slow_match(model, image, text, contrasted.similarity, batch.image_id, number)
         else:
@@ -102,7 +118,7 @@ def test_padding_does_not_change_matching(fusion: str) -> None:
     results = []
     for each in (batch, pad(batch, 6)):
         image, text = encode(model, each)
-        contrasted = contrast(model, image, text, each.image_id)
+        contrasted = contrast(model, image, text, each)
         results.append(match(model, image, text, contrasted, Noise(0, 0, CPU), 1)[0])
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
 

@@ -52,6 +52,32 @@ def test_itc(image_id: list[int]) -> None:
     )
 
 
+def slow_itc_of_captions(similarity: Tensor, image_id: list[int], captions: int) -> Tensor:
+    number = len(image_id)
+    to_text, to_image = [], []
+    for k, i in itertools.product(range(captions), range(number)):
+        column = k * number + i
+        own = similarity[i, column].exp()
+        others = [j for j in range(number) if image_id[j] != image_id[i]]
+        texts = [q * number + j for q in range(captions) for j in others]
+        to_text.append(-(own / (own + similarity[i, texts].exp().sum())).log())
+        to_image.append(-(own / (own + similarity[others, column].exp().sum())).log())
+    return (torch.stack(to_text).mean() + torch.stack(to_image).mean()) / 2
+
+
+@pytest.mark.parametrize("image_id", [[0, 1, 2, 3], [0, 1, 0, 2], [3, 3, 3, 3]])
+@pytest.mark.parametrize("captions", [1, 3])
+def test_itc_of_several_captions_a_picture(image_id: list[int], captions: int) -> None:
+    ids = torch.tensor(image_id)
+    agree(
+        lambda s: losses.itc(s, ids),
+        lambda s: slow_itc_of_captions(s, image_id, captions),
+        3 * randn(4, 4 * captions),
+    )
+    guess = float(losses.itc(torch.zeros(4, 4 * captions), torch.arange(4)))
+    assert float(losses.itc_trivial(4, 4 * captions)) == pytest.approx(guess, rel=1e-6)
+
+
 def slow_sigmoid(logits: Tensor, image_id: list[int]) -> Tensor:
     number = len(image_id)
     terms = []

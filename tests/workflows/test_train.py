@@ -21,6 +21,7 @@ from vicvlm_cli.objectives import losses
 from vicvlm_cli.objectives.vicvlm import VicVLM
 from vicvlm_cli.workflows import loop
 from vicvlm_cli.workflows.metrics import Metrics
+from vicvlm_cli.workflows.session import Session
 from vicvlm_cli.workflows.train import TrainResult
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -130,6 +131,31 @@ def test_the_schedule_ends_with_the_time(
     rates = [line["lr"] for line in rows(result.run)]
     assert rates[-1] == pytest.approx(0.05 * 2e-3)  # down to its end, not cut off
     assert load_model(result.checkpoint, device="cpu").info.objective == "vicvlm"
+
+
+def test_the_cpu_clock_counts_the_training_alone(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticks = iter(range(10**6))
+    clock = SimpleNamespace(process_time=lambda: float(next(ticks)))
+    monkeypatch.setattr(loop, "time", clock)  # which has no other clock to look at
+
+    def seconds(name: str, *overrides: str) -> float:
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+        limits = ("pretrain.clock=cpu", "pretrain.epochs=1000", "pretrain.max_minutes=0.1")
+        return run(scenes, tmp_path / name, *limits, *overrides).seconds
+
+    assert seconds("plain") == pytest.approx(6, abs=1)  # of two threads: twelve ticks or so
+    real = Session.validate
+
+    def validate(self: Session) -> None:
+        for _ in range(100):
+            next(ticks)
+        real(self)
+
+    monkeypatch.setattr(Session, "validate", validate)
+    assert seconds("validated", "pretrain.validate_every=0.2") == pytest.approx(6, abs=1.5)
+    assert rows(tmp_path / "validated", "validation")
 
 
 def test_the_shortest_of_limits_counts(scenes: Path, tmp_path: Path) -> None:

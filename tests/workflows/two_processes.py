@@ -53,7 +53,7 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
 def share(batch: Batch, rank: int) -> Batch:
     """The rows of one process, their padding cut: captions differ in length between processes."""
     rows = slice(rank * ROWS, (rank + 1) * ROWS)
-    part = Batch(**{k: v[rows] for k, v in batch.__dict__.items()})
+    part = batch.rows(rows)
     longest = int(part.attention_mask.sum(1).max())
     part.input_ids = part.input_ids[:, :longest]
     part.attention_mask = part.attention_mask[:, :longest]
@@ -65,6 +65,8 @@ def joint_batch() -> Batch:
     batch = make_batch(2 * ROWS)
     batch.image_id[6] = batch.image_id[1]
     batch.image[6] = batch.image[1]
+    batch.more_ids = batch.input_ids.flip(0)[:, None]  # a further caption each
+    batch.more_mask = batch.attention_mask.flip(0)[:, None]
     return batch
 
 

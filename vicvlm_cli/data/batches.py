@@ -6,7 +6,7 @@ process on the joint batch sees what several see together, and a run resumes at 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,7 +27,8 @@ class Batch:
 
     ``image`` uint8 (float after augmentation) [B, 3, S, S]; ``input_ids`` long and
     ``attention_mask`` bool [B, L]; ``image_id`` long [B], equal where two captions share a
-    picture; ``flip_ok`` bool [B], whether the mirrored picture still fits its caption.
+    picture; ``flip_ok`` bool [B], whether the mirrored picture still fits its captions.
+    ``more_ids`` and ``more_mask`` [B, E, M]: E further captions of each picture, or None.
     """
 
     image: Tensor
@@ -35,19 +36,33 @@ class Batch:
     attention_mask: Tensor
     image_id: Tensor
     flip_ok: Tensor
+    more_ids: Tensor | None = None
+    more_mask: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on ``device``."""
-        return Batch(**{k: v.to(device, non_blocking=True) for k, v in self.__dict__.items()})
+        return self._each(lambda x: x.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
         """Page-locked copies, for the loader's ``pin_memory``."""
-        return Batch(**{k: v.pin_memory() for k, v in self.__dict__.items()})
+        return self._each(Tensor.pin_memory)
+
+    def rows(self, which: slice) -> Batch:
+        """Some of the rows."""
+        return self._each(lambda x: x[which])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        given = {k: v for k, v in self.__dict__.items() if v is not None}
+        return Batch(**{k: change(v) for k, v in given.items()})
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Which (picture, caption) rows make up each batch of an epoch, for one process of several."""
+    """Which rows (picture, caption, ``more`` further captions of it) make up an epoch's batches.
+
+    For one process of several. Further captions are others of the same picture, chosen by chance;
+    a picture that has too few gives some of them again.
+    """
 
     captions: tuple[int, ...]  # captions of each picture
     mode: str  # "one" or "all"
@@ -55,6 +70,7 @@ class Plan:
     seed: int
     rank: int = 0
     world_size: int = 1
+    more: int = 0
 
     @property
     def batches(self) -> int:
@@ -63,7 +79,7 @@ class Plan:
         return rows // (self.batch_size * self.world_size)
 
     def epoch(self, epoch: int, start: int = 0) -> list[np.ndarray]:
-        """Rows [(picture, caption), ...] of each batch of this process, from batch ``start`` on."""
+        """Rows [B, 2 + more] of each batch of this process, from batch ``start`` on."""
         rng = np.random.default_rng((self.seed, epoch))
         counts = np.asarray(self.captions)
         if self.mode == "one":
@@ -73,9 +89,21 @@ class Plan:
             pictures = np.repeat(np.arange(len(counts)), counts)
             offsets = np.arange(len(pictures)) - np.repeat(np.cumsum(counts) - counts, counts)
             rows = rng.permutation(np.stack([pictures, offsets], 1))
+        if self.more:
+            rows = np.concatenate([rows, self._further(rows, counts[rows[:, 0]], rng)], 1)
         size = self.batch_size * self.world_size
         mine = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
         return [rows[b * size : (b + 1) * size][mine] for b in range(start, self.batches)]
+
+    def _further(
+        self, rows: np.ndarray, counts: np.ndarray, rng: np.random.Generator
+    ) -> np.ndarray:
+        """Further captions [N, more] of rows [N, 2] whose pictures have ``counts`` [N] of them."""
+        draw = rng.random((len(rows), int(counts.max())))
+        draw[np.arange(draw.shape[1]) >= counts[:, None]] = 2  # there is no such caption
+        draw[np.arange(len(rows)), rows[:, 1]] = -1  # the row's own comes first
+        place = np.arange(1, self.more + 1) % counts[:, None]
+        return np.take_along_axis(draw.argsort(1), place, 1)
 
 
 class Rows(Dataset[Batch]):
@@ -119,15 +147,22 @@ class Rows(Dataset[Batch]):
         return self.decoded[i]
 
     def __getitem__(self, rows: np.ndarray) -> Batch:
-        captions = [self.split.captions[i][c] for i, c in rows]
-        input_ids, attention_mask = self.tokenizer(captions, self.max_tokens)
-        return Batch(
-            image=torch.stack([self.image(int(i)) for i, _ in rows]),
+        groups = [[self.split.captions[i][c] for c in chosen] for i, *chosen in rows]
+        input_ids, attention_mask = self.tokenizer([group[0] for group in groups], self.max_tokens)
+        batch = Batch(
+            image=torch.stack([self.image(int(i)) for i in rows[:, 0]]),
             input_ids=input_ids,
             attention_mask=attention_mask,
             image_id=torch.from_numpy(rows[:, 0].astype(np.int64)),
-            flip_ok=torch.tensor([names_no_side(c) for c in captions]),
+            flip_ok=torch.tensor([all(map(names_no_side, group)) for group in groups]),
         )
+        more = rows.shape[1] - 2
+        if more:
+            further = [caption for group in groups for caption in group[1:]]
+            ids, mask = self.tokenizer(further, self.max_tokens)  # [B * more, M]
+            batch.more_ids = ids.view(len(rows), more, -1)
+            batch.more_mask = mask.view(len(rows), more, -1)
+        return batch
 
 
 def load_size(image_size: int, data: DataConfig) -> int:

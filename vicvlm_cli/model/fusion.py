@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig
 
+from vicvlm_cli.model.lengths import by_length
 from vicvlm_cli.model.text_encoder import make_bert
 
 
@@ -73,6 +74,19 @@ def _attend(
         ),
     ).last_hidden_state
     return out
+
+
+def _attend_text(
+    bert: Any, text: Tensor, text_mask: Tensor, image: Tensor, image_mask: Tensor | None
+) -> Tensor:
+    """Words [B, L, D] through a BERT whose layers attend to image tokens [B, N, D] too."""
+
+    def run(rows: Tensor, length: int) -> Tensor:
+        words = bert.embeddings(inputs_embeds=text[rows, :length])
+        seen = None if image_mask is None else image_mask[rows]
+        return _attend(bert.encoder, words, text_mask[rows, :length], image[rows], seen)
+
+    return by_length(text_mask, run)
 
 
 class CrossAttentionLayers(nn.Module):
@@ -154,9 +168,7 @@ class CrossAttentionFusion(nn.Module):
         self, image: Tensor, image_mask: Tensor | None, text: Tensor, text_mask: Tensor
     ) -> Fused:
         """Image [B, N, D_i], text [B, L, D] and bool masks (True = real) to :class:`Fused`."""
-        bert: Any = self.bert
-        words = bert.embeddings(inputs_embeds=text)
-        out = _attend(bert.encoder, words, text_mask, self.image_projection(image), image_mask)
+        out = _attend_text(self.bert, text, text_mask, self.image_projection(image), image_mask)
         return Fused(pooled=masked_mean(out, text_mask), text=out, image=None)
 
 
@@ -202,9 +214,7 @@ class CoAttentionFusion(nn.Module):
     def _text_stream(
         self, patches: Tensor, image_mask: Tensor | None, text: Tensor, text_mask: Tensor
     ) -> Tensor:
-        bert: Any = self.bert
-        words = bert.embeddings(inputs_embeds=text)
-        return _attend(bert.encoder, words, text_mask, patches, image_mask)
+        return _attend_text(self.bert, text, text_mask, patches, image_mask)
 
 
 FUSIONS = {

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, BertConfig, BertModel
 
 from vicvlm_cli.errors import UserError
+from vicvlm_cli.model.lengths import by_length
 
 
 def attention_kind() -> str:
@@ -53,7 +54,14 @@ class TextEncoder(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """``input_ids`` [B, L] and bool ``attention_mask`` [B, L] to tokens [B, L, width]."""
-        return self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+
+        def run(rows: Tensor, length: int) -> Tensor:
+            mask = attention_mask[rows, :length]
+            return self.bert(
+                input_ids=input_ids[rows, :length], attention_mask=mask
+            ).last_hidden_state
+
+        return by_length(attention_mask, run)
 
 
 def load_bert(

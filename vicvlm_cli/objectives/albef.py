@@ -109,8 +109,8 @@ class ALBEF(nn.Module):
         with torch.no_grad():
             image_m = self._momentum.encode_image(batch.image)
             text_m = self._momentum.encode_text(batch.input_ids, batch.attention_mask)
-        contrasted, guess = self._contrast(image, text, image_m, text_m, gather(batch.image_id))
-        values, trivial = {"itc": contrasted.loss}, {"itc": guess}
+        contrasted = self._contrast(image, text, image_m, text_m, gather(batch.image_id))
+        values, trivial = {"itc": contrasted.loss}, {"itc": contrasted.trivial}
         if "itm" in active:
             values["itm"], _ = match(model, image, text, contrasted, noise, number)
             trivial["itm"] = torch.tensor(losses.itm_base_rate(2 * number))
@@ -141,7 +141,7 @@ class ALBEF(nn.Module):
 
     def _contrast(
         self, image: Encoded, text: Encoded, image_m: Encoded, text_m: Encoded, image_id: Tensor
-    ) -> tuple[Contrast, Tensor]:
+    ) -> Contrast:
         """ITC both ways against batch and queue, and what equal similarities would score."""
         images, texts = gather(image.features.float()), gather(text.features.float())  # [G, P]
         images_m, texts_m = gather(image_m.features.float()), gather(text_m.features.float())
@@ -162,7 +162,7 @@ class ALBEF(nn.Module):
             self._pending.append((images_m, texts_m, image_id))
         similarity = scale.detach() * images.detach() @ texts.detach().T  # [G, G]
         loss, guess = total / (2 * len(image_id)), guess / (2 * len(image_id))
-        return Contrast(loss, similarity, image_id, images, texts), guess
+        return Contrast(loss, guess, similarity, image_id, images, texts)
 
     def _mlm(
         self, batch: Batch, image: Encoded, image_m: Encoded, noise: Noise

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vicvlm_cli.data.batches import Batch
 from vicvlm_cli.errors import UsageError
 from vicvlm_cli.model.fusion import Fused
 from vicvlm_cli.model.vlm import VLM, Encoded
@@ -16,22 +17,38 @@ from vicvlm_cli.objectives.ranks import Noise, gather, gather_padded, rank
 
 
 class Contrast(NamedTuple):
-    """Over the global batch: ``similarity`` [G, G] logits, ``image_id`` [G], features [G, P]."""
+    """Over the global batch: ``similarity`` [G, G] logits, ``image_id`` [G], features [G, P].
+
+    ``trivial``: the loss of a constant guess.
+    """
 
     loss: Tensor
+    trivial: Tensor
     similarity: Tensor
     image_id: Tensor
     image_features: Tensor
     text_features: Tensor
 
 
-def contrast(model: VLM, image: Encoded, text: Encoded, image_id: Tensor) -> Contrast:
-    """Symmetric InfoNCE over the batches of all processes, with the true gradient."""
+def contrast(model: VLM, image: Encoded, text: Encoded, batch: Batch) -> Contrast:
+    """Symmetric InfoNCE over the batches of all processes, with the true gradient.
+
+    Further captions that the batch has of its pictures are contrasted too. An image pass costs
+    many times a caption's, and each caption of a picture says something else of it.
+    """
     image_features, text_features = gather(image.features.float()), gather(text.features.float())
-    similarity = model.logit_scale.exp() * image_features @ text_features.T  # [G, G]
-    ids = gather(image_id)
-    loss = losses.itc(similarity, ids)
-    return Contrast(loss, similarity, ids, image_features, text_features)
+    scale = model.logit_scale.exp()
+    similarity = scale * image_features @ text_features.T  # [G, G]
+    ids = gather(batch.image_id)
+    whole = similarity
+    if batch.more_ids is not None and batch.more_mask is not None:
+        flat = model.encode_text(batch.more_ids.flatten(0, 1), batch.more_mask.flatten(0, 1))
+        more = flat.features.float().view(*batch.more_ids.shape[:2], -1)  # [B, E, P]
+        each = gather(more).unbind(1)
+        whole = torch.cat([similarity, *(scale * image_features @ x.T for x in each)], dim=1)
+    loss = losses.itc(whole, ids)
+    trivial = losses.itc_trivial(len(ids), whole.shape[1])
+    return Contrast(loss, trivial, similarity, ids, image_features, text_features)
 
 
 def match(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Set
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -54,9 +53,8 @@ class CLIP(nn.Module):
         image = self.model.encode_image(batch.image)
         text = self.model.encode_text(batch.input_ids, batch.attention_mask)
         if self.bias is None:
-            contrasted = contrast(self.model, image, text, batch.image_id)
-            trivial = math.log(len(contrasted.image_id))
-            return {"itc": contrasted.loss}, {"itc": torch.tensor(trivial)}
+            contrasted = contrast(self.model, image, text, batch)
+            return {"itc": contrasted.loss}, {"itc": contrasted.trivial}
         cosine = gather(image.features.float()) @ gather(text.features.float()).T  # [G, G]
         logits = self.model.logit_scale.exp() * cosine + self.bias
         image_id = gather(batch.image_id)

@@ -14,17 +14,30 @@ from vicvlm_cli.errors import UserError
 def itc(similarity: Tensor, image_id: Tensor) -> Tensor:
     """Symmetric InfoNCE over a batch (CLIP, arXiv 2103.00020, fig. 3).
 
-    Other captions and copies of the same picture are left out: never negatives.
+    Other captions and copies of the same picture are left out: never negatives. With K captions a
+    picture, each of them is contrasted with the other pictures, and the picture, for each of them,
+    with all captions of the others.
 
     Args:
-        similarity: [B, B], cosine times inverse temperature, pictures in rows.
+        similarity: [B, K * B], cosine times inverse temperature, pictures in rows; column k * B + i
+            is a caption of picture i.
         image_id: long [B], equal where two rows share a picture.
     """
-    same = image_id[:, None] == image_id[None, :]
-    same.fill_diagonal_(False)
-    logits = similarity.masked_fill(same, float("-inf"))
-    target = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    rows, columns = similarity.shape
+    picture = torch.arange(columns, device=similarity.device) % rows  # [K * B]
+    own = similarity[picture, torch.arange(columns, device=similarity.device)]
+    same = image_id[:, None] == image_id[picture][None, :]
+    # The lowest number in place of minus infinity: a row may have nothing to contrast with.
+    others = similarity.masked_fill(same, torch.finfo(similarity.dtype).min)
+    to_text = torch.logaddexp(own, others.logsumexp(1)[picture]) - own
+    to_image = torch.logaddexp(own, others.logsumexp(0)) - own
+    return (to_text.mean() + to_image.mean()) / 2
+
+
+def itc_trivial(rows: int, columns: int) -> Tensor:
+    """:func:`itc` of a constant guess over ``rows`` pictures and ``columns`` captions."""
+    others = (rows - 1) * columns // rows
+    return torch.tensor((math.log(rows) + math.log(1 + others)) / 2)
 
 
 def sigmoid(logits: Tensor, same: Tensor) -> Tensor:

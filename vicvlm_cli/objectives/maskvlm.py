@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Set
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -96,9 +95,9 @@ class MaskVLM(nn.Module):
         model, number = self.model, self.config.itm_negatives
         image = model.encode_image(batch.image)
         text = model.encode_text(batch.input_ids, batch.attention_mask)
-        contrasted = contrast(model, image, text, batch.image_id)
+        contrasted = contrast(model, image, text, batch)
         values = {"itc": contrasted.loss}
-        trivial = {"itc": torch.tensor(math.log(len(contrasted.image_id)))}
+        trivial = {"itc": contrasted.trivial}
         if "itm" in active:
             values["itm"], _ = match(model, image, text, contrasted, noise, number)
             trivial["itm"] = torch.tensor(losses.itm_base_rate(2 * number))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Set
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -44,9 +43,9 @@ class Retrieval(nn.Module):
         """Raw losses named in ``active``, and the trivial value of each."""
         image = self.model.encode_image(batch.image)
         text = self.model.encode_text(batch.input_ids, batch.attention_mask)
-        contrasted = contrast(self.model, image, text, batch.image_id)
+        contrasted = contrast(self.model, image, text, batch)
         values = {"itc": contrasted.loss}
-        trivial = {"itc": torch.tensor(math.log(len(contrasted.image_id)))}
+        trivial = {"itc": contrasted.trivial}
         if "itm" in active:
             number = self.config.itm_negatives
             values["itm"], _ = match(self.model, image, text, contrasted, noise, number)

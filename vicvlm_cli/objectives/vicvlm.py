@@ -5,7 +5,6 @@ The equations, and where this departs from the first public code, are in docs/me
 
 from __future__ import annotations
 
-import math
 from collections.abc import Set
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -126,9 +125,9 @@ class VicVLM(nn.Module):
         model, number = self.model, self.config.itm_negatives
         image = model.encode_image(batch.image)
         text = model.encode_text(batch.input_ids, batch.attention_mask)
-        contrasted = contrast(model, image, text, batch.image_id)
+        contrasted = contrast(model, image, text, batch)
         values = {"itc": contrasted.loss}
-        trivial = {"itc": torch.tensor(math.log(len(contrasted.image_id)))}
+        trivial = {"itc": contrasted.trivial}
         clean: Fused | None = None
         if "itm" in active:
             values["itm"], clean = match(model, image, text, contrasted, noise, number)
@@ -137,7 +136,7 @@ class VicVLM(nn.Module):
             return values, trivial
 
         rows = slice(None, None, self.config.masked_stride)
-        batch = Batch(**{k: v[rows] for k, v in batch.__dict__.items()})
+        batch = batch.rows(rows)
         image = Encoded(image.features[rows], image.tokens[rows], None)
         text = Encoded(text.features[rows], text.tokens[rows], batch.attention_mask)
         vicreg = not active.isdisjoint(TERMS)

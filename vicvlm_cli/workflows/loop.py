@@ -77,6 +77,13 @@ def total_steps(plan: Plan, config: TrainConfig) -> int:
     return max(1, math.ceil(config.epochs * plan.batches / config.accumulate))
 
 
+def clock_of(config: TrainConfig) -> Callable[[], float]:
+    """Seconds as ``max_minutes`` counts them: on the wall, or of this process's work a thread."""
+    if config.clock == "cpu":
+        return lambda: time.process_time() / torch.get_num_threads()
+    return time.perf_counter
+
+
 def augment(batch: Batch, size: int, data: DataConfig, noise: Noise) -> Tensor:
     """Random crops, flips where captions allow them, and colours: float [B, 3, size, size]."""
     rows = len(batch.image)
@@ -112,7 +119,8 @@ def run_loop(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     steps = total_steps(plan, config)
     checks = max(1, round(config.validate_every * plan.batches / config.accumulate))
-    began = last_flush = last_state = time.perf_counter()
+    clock = clock_of(config)
+    began = last_flush = last_state = clock()
     began -= position.seconds
     pairs_flushed = position.pairs
     per_batch = plan.batch_size * plan.world_size
@@ -125,7 +133,7 @@ def run_loop(
         """Share of the run that is over; the same on every process."""
         share = position.step / steps
         if config.max_minutes > 0:
-            share = agreed(max(share, (time.perf_counter() - began) / (60 * config.max_minutes)))
+            share = agreed(max(share, (clock() - began) / (60 * config.max_minutes)))
         return min(share, 1.0)
 
     size = load_size(model.config.image_size, data)
@@ -166,7 +174,7 @@ def run_loop(
                     continue
                 accelerator.unwrap_model(objective).after_step()
                 position.step += 1
-                now = time.perf_counter()
+                now = clock()
                 position.seconds = now - began
                 used, share = share, done()
                 due = config.validate_every > 0 and position.step % checks == 0
@@ -192,12 +200,16 @@ def run_loop(
                     shown = "  ".join(f"{k} {v:.3f}" for k, v in means.items())
                     bar.describe(f"epoch {micro / plan.batches:.1f}  {shown}")
                 if due and share < 1:
+                    before = clock()
                     validate()
                     objective.train()
+                    last_flush += clock() - before
+                    if config.clock == "cpu":  # what is compared is training alone
+                        began += clock() - before
                 if stop or (saving and share < 1):
                     position.losses = metrics.history
                     save_state()
-                    last_state = time.perf_counter()
+                    last_state = clock()
                 if stop:
                     raise KeyboardInterrupt
                 if share >= 1:

@@ -190,6 +190,7 @@ def _train(job: Job, accelerator: Accelerator, progress: Progress) -> TrainResul
         config.seed,
         accelerator.process_index,
         accelerator.num_processes,
+        data.more_captions,
     )
     objective = create_objective(job.model, job.tokenizer, config)
     groups = parameter_groups(objective, config)
