@@ -69,7 +69,10 @@ class DataConfig:
     flip: bool = True  # only where the caption names no side
     color_jitter: float = 0.0  # off: captions name colours
     workers: int = -1  # loader processes; -1: one a spare core
-    cache_mb: int = 2000  # decoded pictures are kept in memory if all of them fit
+    # Pictures are decoded once, into a file beside the data set, if cache is on; else once into
+    # memory, if all of them fit in cache_mb; else every time.
+    cache: bool = False
+    cache_mb: int = 2000
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,7 @@ class TrainConfig:
     accumulate: int = 1
     lr: float = 2.5e-4
     image_lr: float = 0.0  # 0: the same as lr
+    frozen_blocks: int = 0  # lowest blocks of the image encoder that keep their weights
     weight_decay: float = 0.01
     warmup: float = 0.05  # share of the run
     final_lr: float = 0.04  # share of the peak
@@ -150,7 +154,7 @@ POSITIVE = (
 NOT_NEGATIVE = (
     *("weight", "start", "ramp", "seed", "max_minutes", "image_lr", "weight_decay", "warmup"),
     *("validate_every", "validation_images", "rerank_top_k", "color_jitter", "text_dropout"),
-    *("more_captions",),
+    *("more_captions", "frozen_blocks"),
 )
 
 

@@ -66,6 +66,10 @@ Epochs = Annotated[float | None, _option("Passes over the training split.")]
 MaxMinutes = Annotated[float | None, _option("Fit the whole schedule into this wall time.")]
 PairBatch = Annotated[int | None, _option("Image-text pairs a process and step.")]
 LearningRate = Annotated[float | None, _option("Peak learning rate.")]
+Cache = Annotated[
+    bool | None,
+    _option("Decode the pictures once, into a file beside the data set.", "--cache/--no-cache"),
+]
 Seed = Annotated[int | None, _option("Seed of everything random.")]
 Precision = Annotated[
     Literal["auto", "no", "bf16", "fp16"] | None, _option("Mixed precision. [default: auto]")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
 from collections import Counter
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +16,11 @@ from tiny import CAPTIONS, make_tokenizer
 
 from vicvlm_cli.config import DataConfig
 from vicvlm_cli.data.batches import Batch, Plan, Rows, batches, load_size
+from vicvlm_cli.data.decoded import make_decoded
+from vicvlm_cli.data.images import BadImage
+from vicvlm_cli.data.prepared import PreparedDataset, Split
 from vicvlm_cli.errors import UserError
+from vicvlm_cli.report.progress import Progress
 
 COUNTS = (3, 1, 2, 5, 1, 4, 2, 1)  # captions of eight pictures, 19 together
 
@@ -33,7 +40,7 @@ class FakeSplit:
     def __len__(self) -> int:
         return len(COUNTS)
 
-    def image(self, i: int) -> Image.Image:
+    def image(self, i: int, at_least: int | None = None) -> Image.Image:
         self.decoded[i] += 1
         return Image.new("RGB", (20, 30), (10 * i, 10 * i, 10 * i))
 
@@ -108,17 +115,26 @@ def test_batches_hold_what_the_plan_says(workers: int, cache_bytes: int) -> None
     split, tokenizer = FakeSplit(), make_tokenizer()
     source = make_rows(split, cache_bytes=cache_bytes, shared=workers > 0)
     schedule = plan(batch_size=4)
-    for epoch in (0, 1):  # the second comes from the cache, if there is one
-        made = list(batches(source, schedule, epoch, workers=workers))
-        assert len(made) == schedule.batches
-        for batch, wanted in zip(made, rows(schedule, epoch), strict=True):
-            captions = [split.captions[i][c] for i, c in wanted]
-            ids, mask = tokenizer(captions, 24)
-            assert torch.equal(batch.input_ids, ids) and torch.equal(batch.attention_mask, mask)
-            assert batch.image_id.tolist() == [i for i, _ in wanted]
-            assert batch.image.dtype == torch.uint8 and batch.image.shape == (4, 3, 8, 8)
-            assert batch.image[:, 0, 0, 0].tolist() == [10 * i for i, _ in wanted]
-            assert batch.flip_ok.tolist() == [c % 2 == 0 for _, c in wanted]
+    # Two epochs; the second comes from the cache, if there is one.
+    made = islice(batches(source, schedule, workers=workers), 2 * schedule.batches)
+    for batch, wanted in zip(made, rows(schedule, 0) + rows(schedule, 1), strict=True):
+        captions = [split.captions[i][c] for i, c in wanted]
+        ids, mask = tokenizer(captions, 24)
+        assert torch.equal(batch.input_ids, ids) and torch.equal(batch.attention_mask, mask)
+        assert batch.image_id.tolist() == [i for i, _ in wanted]
+        assert batch.image.dtype == torch.uint8 and batch.image.shape == (4, 3, 8, 8)
+        assert batch.image[:, 0, 0, 0].tolist() == [10 * i for i, _ in wanted]
+        assert batch.flip_ok.tolist() == [c % 2 == 0 for _, c in wanted]
+
+
+@pytest.mark.parametrize("start", [0, 4, 6, 15])
+def test_the_loader_goes_on_where_a_run_stood(start: int) -> None:
+    assert plan().batches == 6
+    whole = list(islice(batches(make_rows(), plan()), 20))
+    rest = list(islice(batches(make_rows(), plan(), start), 20 - start))
+    for a, b in zip(whole[start:], rest, strict=True):
+        assert torch.equal(a.image, b.image) and torch.equal(a.input_ids, b.input_ids)
+        assert torch.equal(a.image_id, b.image_id) and torch.equal(a.flip_ok, b.flip_ok)
 
 
 @pytest.mark.parametrize("mode", ["all", "one"])
@@ -142,7 +158,7 @@ def test_further_captions_are_others_of_the_same_picture(mode: str) -> None:
 def test_further_captions_come_with_the_batch() -> None:
     split, tokenizer = FakeSplit(), make_tokenizer()
     schedule = plan("one", 4, more=2)
-    made = list(batches(make_rows(split), schedule, 1))
+    made = islice(batches(make_rows(split), schedule, schedule.batches), schedule.batches)
     for batch, wanted in zip(made, schedule.epoch(1), strict=True):
         further = [split.captions[i][c] for i, _, *more in wanted for c in more]
         ids, mask = tokenizer(further, 24)
@@ -155,31 +171,21 @@ def test_further_captions_come_with_the_batch() -> None:
         assert torch.equal(part.image, batch.image[::2])
 
 
-def test_the_loader_goes_on_in_the_middle() -> None:
-    whole = list(batches(make_rows(), plan(), 2))
-    rest = list(batches(make_rows(), plan(), 2, start=4))
-    assert len(rest) == len(whole) - 4
-    for a, b in zip(whole[4:], rest, strict=True):
-        assert torch.equal(a.image, b.image) and torch.equal(a.input_ids, b.input_ids)
-        assert torch.equal(a.image_id, b.image_id) and torch.equal(a.flip_ok, b.flip_ok)
-
-
 def test_pictures_that_fit_in_memory_are_decoded_once() -> None:
     split = FakeSplit()
     source = make_rows(split, size=8, cache_bytes=8 * 3 * 8 * 8)
-    for epoch in range(3):
-        list(batches(source, plan(batch_size=1), epoch))
+    list(islice(batches(source, plan(batch_size=1)), 3 * 19))
     assert split.decoded == Counter(range(8))
     larger = FakeSplit()
     source = make_rows(larger, size=8, cache_bytes=8 * 3 * 8 * 8 - 1)
-    list(batches(source, plan(batch_size=1), 0))
+    list(islice(batches(source, plan(batch_size=1)), 19))
     assert larger.decoded == Counter(dict(enumerate(COUNTS)))
 
 
 def test_what_a_loader_process_decodes_is_found_by_the_next() -> None:
     source = make_rows(cache_bytes=10**6, shared=True)
     assert source.decoded is not None and source.decoded.is_shared()
-    list(batches(source, plan(batch_size=1), 0, workers=1))
+    list(islice(batches(source, plan(batch_size=1), workers=1), 19))
     assert bool(source.is_decoded.all())
     alone = make_rows(cache_bytes=10**6)
     assert alone.decoded is not None and not alone.decoded.is_shared()
@@ -187,14 +193,40 @@ def test_what_a_loader_process_decodes_is_found_by_the_next() -> None:
 
 def test_changing_a_batch_does_not_change_the_cache() -> None:
     source = make_rows(cache_bytes=10**6)
-    next(batches(source, plan(batch_size=8), 0)).image.fill_(255)
-    again = next(batches(source, plan(batch_size=8), 0))
+    next(batches(source, plan(batch_size=8))).image.fill_(255)
+    again = next(batches(source, plan(batch_size=8)))
     assert again.image[:, 0, 0, 0].tolist() == [10 * i for i in again.image_id.tolist()]
+
+
+def test_batches_from_the_file_are_those_that_are_decoded_anew(tiny_data: Path) -> None:
+    split = PreparedDataset.open(tiny_data).split("train")
+    file = make_decoded(split, 20, Progress(quiet=True))
+    counts = tuple(len(group) for group in split.captions)
+    schedule = Plan(counts, "all", 4, seed=0)
+    source = Rows(split, make_tokenizer(), 20, 24, cache_bytes=10**9, decoded=file)
+    assert source.decoded is None  # one cache, not two
+    travelled = pickle.loads(pickle.dumps(source))  # as to the processes of other systems
+    slow = Rows(split, make_tokenizer(), 20, 24)
+    made = [islice(batches(r, schedule), 12) for r in (source, travelled, slow)]
+    for a, b, c in zip(*made, strict=True):
+        assert torch.equal(a.image, c.image) and torch.equal(b.image, c.image)
+        assert torch.equal(a.input_ids, c.input_ids)
+    assert len(pickle.dumps(file)) < 1000
+
+
+def test_damaged_shards_are_named(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def image(*_: object, **__: object) -> None:
+        raise BadImage("truncated")
+
+    split = PreparedDataset.open(tiny_data).split("train")
+    monkeypatch.setattr(Split, "image", image)
+    with pytest.raises(UserError, match="of scenes train .* is truncated: the shards are damaged"):
+        next(batches(Rows(split, make_tokenizer(), 20, 24), Plan((5,) * 8, "all", 4, seed=0)))
 
 
 def test_a_split_smaller_than_a_batch_is_refused() -> None:
     with pytest.raises(UserError, match="fake train .* does not fill one batch of 10 x 2"):
-        batches(make_rows(), plan(batch_size=10, world_size=2), 0)
+        batches(make_rows(), plan(batch_size=10, world_size=2))
 
 
 def test_pictures_are_loaded_larger_only_for_crops() -> None:
@@ -203,9 +235,9 @@ def test_pictures_are_loaded_larger_only_for_crops() -> None:
 
 
 def test_a_batch_moves_as_a_whole() -> None:
-    batch = next(batches(make_rows(), plan(), 0))
+    batch = next(batches(make_rows(), plan()))
     moved = batch.to(torch.device("meta"))
     assert isinstance(moved, Batch)
     assert {x.device.type for x in moved.__dict__.values() if x is not None} == {"meta"}
-    more = next(batches(make_rows(), plan(more=1), 0)).to(torch.device("meta"))
+    more = next(batches(make_rows(), plan(more=1))).to(torch.device("meta"))
     assert {x.device.type for x in more.__dict__.values()} == {"meta"}

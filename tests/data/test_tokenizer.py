@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny import CAPTIONS, make_tokenizer
@@ -102,6 +103,23 @@ def test_a_long_caption_loses_its_end_but_not_its_sep(limit: int) -> None:
 def test_no_captions_give_an_empty_batch() -> None:
     ids, mask = make_tokenizer()([], 20)
     assert ids.shape == mask.shape == (0, 0)
+
+
+@pytest.mark.parametrize("limit", [6, 40])
+def test_batches_of_tokenised_texts_are_those_of_the_texts(
+    limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vicvlm_cli.data.tokenizer.TEXTS_AT_A_TIME", 3)
+    tokenizer = make_tokenizer()
+    tokens = tokenizer.tokens(CAPTIONS, limit)
+    assert tokens.ids.dtype == np.int32
+    for index in ([4], [7, 0, 0, 2], list(range(8))):
+        ids, mask = tokens.batch(np.array(index))
+        for i, row, real in zip(index, ids, mask, strict=True):
+            alone = tokenizer.backend.encode(CAPTIONS[i]).ids
+            cut = alone if len(alone) <= limit else [*alone[: limit - 1], tokenizer.sep_id]
+            assert row[real].tolist() == cut and bool(real[: len(cut)].all())
+            assert (row[~real] == tokenizer.pad_id).all()
 
 
 def test_json_and_back_is_the_same_tokenizer() -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -63,6 +66,27 @@ def test_the_largest_crop_is_the_picture_itself() -> None:
     torch.testing.assert_close(same, image.float(), rtol=0, atol=1e-3)
     mirrored = random_crop(image, 16, 1.0, torch.rand(3, 4), ~kept)
     torch.testing.assert_close(mirrored, image.float().flip(-1), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("size", [16, 12])
+@pytest.mark.parametrize("scale", [0.3, 1.0])
+def test_crops_equal_those_by_torch_s_own_affine_grid(scale: float, size: int) -> None:
+    image = torch.randint(256, (5, 3, 16, 16), dtype=torch.uint8)
+    noise, flip = torch.rand(5, 4), torch.tensor([True, False, False, True, True])
+    area = scale + (1 - scale) * noise[:, 0]
+    ratio = torch.exp((noise[:, 1] * 2 - 1) * math.log(4 / 3) * (scale < 1))
+    theta = torch.zeros(5, 2, 3)
+    for b in range(5):
+        half_w = min(1.0, math.sqrt(float(area[b] * ratio[b])))
+        half_h = min(1.0, math.sqrt(float(area[b] / ratio[b])))
+        theta[b, 0] = torch.tensor([half_w * (-1 if flip[b] else 1), 0, 0])
+        theta[b, 1] = torch.tensor([0, half_h, 0])
+        theta[b, 0, 2] = (noise[b, 2] * 2 - 1) * (1 - half_w)
+        theta[b, 1, 2] = (noise[b, 3] * 2 - 1) * (1 - half_h)
+    grid = F.affine_grid(theta, [5, 3, size, size], align_corners=False)
+    slow = F.grid_sample(image.float(), grid, padding_mode="reflection", align_corners=False)
+    fast = random_crop(image, size, scale, noise, flip)
+    torch.testing.assert_close(fast, slow, rtol=0, atol=1e-2)
 
 
 def test_each_row_is_flipped_as_it_is_told() -> None:

@@ -5,7 +5,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vicvlm_cli.evaluation.recall import adverse, evaluate_features, ranks, recall, similarity
+from vicvlm_cli.evaluation.recall import (
+    adverse,
+    best_positive,
+    evaluate_features,
+    ranks,
+    recall,
+    similarity,
+)
 
 
 def seeded(seed: int, images: int, captions: int, dim: int, noise: float):
@@ -166,3 +173,16 @@ def test_memory_is_bounded_by_the_block(monkeypatch):
     )
     evaluate_features(*seeded(2, 30, 3, 4, 1.0), block=16)
     assert max(max(shape) for shape in seen) <= 16
+
+
+def test_the_best_positive_is_found_among_its_own_group_alone():
+    g = torch.Generator().manual_seed(0)
+    queries, gallery = torch.randn(30, 4, generator=g), torch.randn(50, 4, generator=g)
+    query_group = torch.randint(0, 12, (30,), generator=g)
+    gallery_group = torch.randint(3, 12, (50,), generator=g)  # queries of 0 to 2 have no positive
+    gallery[5] = torch.nan
+    best = best_positive(queries, gallery, query_group, gallery_group)
+    scores = similarity(queries, gallery)
+    positive = (query_group[:, None] == gallery_group) & ~scores.isnan()
+    slow = scores.masked_fill(~positive, -torch.inf).amax(1)
+    assert torch.equal(best, slow) and (best == -torch.inf).any()

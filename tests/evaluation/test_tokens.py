@@ -72,7 +72,7 @@ def test_a_live_model_stays_in_training_mode_with_its_frozen_parts(tiny_model, t
 def test_a_damaged_image_stops_with_its_name(tiny_model, tiny_data, monkeypatch):
     split = PreparedDataset.open(tiny_data).split("test")
 
-    def image(self, i):
+    def image(self, i, at_least=None):
         raise BadImage("truncated")
 
     monkeypatch.setattr(Split, "image", image)

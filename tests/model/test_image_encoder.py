@@ -229,3 +229,24 @@ def test_pretrained_weights_bring_their_statistics(tmp_path: Path) -> None:
     assert statistics["image_mean"] == (0.485, 0.456, 0.406)
     assert statistics["image_std"] == (0.229, 0.224, 0.225)
     assert resolve_image_encoder("deit_tiny_patch16_224", "") == ("deit_tiny_patch16_224", "", {})
+
+
+def test_frozen_blocks_keep_their_weights_and_change_no_other_gradient() -> None:
+    options = {**TINY, "depth": 3}
+    encoder = ImageEncoder(NAME, 32, options, "learned")
+    x = torch.randn(2, 3, 32, 32)
+    gradients = []
+    for blocks in (0, 2):
+        encoder.freeze(blocks)
+        encoder.zero_grad()
+        encoder(x).square().sum().backward()
+        gradients.append({k: p.grad for k, p in encoder.vit.named_parameters() if p.requires_grad})
+    whole, upper = gradients
+    assert all(name.startswith(("blocks.2.", "norm.")) for name in upper)
+    assert set(whole) - set(upper) >= {"pos_embed", "cls_token", "patch_embed.proj.weight"}
+    for name, gradient in upper.items():
+        torch.testing.assert_close(gradient, whole[name])
+    encoder.freeze(0)
+    assert all(p.requires_grad for p in encoder.parameters())
+    with pytest.raises(UserError, match="frozen_blocks=4 is more than the image encoder's 3"):
+        encoder.freeze(4)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_training import LOSSES, equal, rows, run, weights
+from tiny_training import LOSSES, QUIET, Heard, equal, rows, run, weights
 from torch import Tensor
 
 from vicvlm_cli.checkpoint import load_model
@@ -22,7 +22,7 @@ from vicvlm_cli.objectives.vicvlm import VicVLM
 from vicvlm_cli.workflows import loop
 from vicvlm_cli.workflows.metrics import Metrics
 from vicvlm_cli.workflows.session import Session
-from vicvlm_cli.workflows.train import TrainResult
+from vicvlm_cli.workflows.train import TrainResult, finetune
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
@@ -158,6 +158,23 @@ def test_the_cpu_clock_counts_the_training_alone(
     assert rows(tmp_path / "validated", "validation")
 
 
+def test_frozen_blocks_come_out_as_they_went_in(scenes: Path, tmp_path: Path) -> None:
+    model = "model.image_options={patch_size = 8, embed_dim = 24, depth = 2, num_heads = 2}"
+    begun = run(scenes, tmp_path / "begun", model, "pretrain.epochs=0.2")
+    tuned = finetune(
+        begun.checkpoint,
+        scenes,
+        overrides=["finetune.frozen_blocks=1"],
+        output=tmp_path / "tuned",
+        progress=QUIET,
+    )
+    before, after = weights(begun.run), weights(tuned.run)
+    same = {k for k in before if torch.equal(before[k], after[k])}
+    assert {k for k in before if k.startswith("image_encoder.vit.blocks.0.")} < same
+    assert "image_encoder.vit.patch_embed.proj.weight" in same
+    assert not any(k.startswith("image_encoder.vit.blocks.1.") for k in same)
+
+
 def test_the_shortest_of_limits_counts(scenes: Path, tmp_path: Path) -> None:
     result = run(scenes, tmp_path / "run", "pretrain.epochs=0.5", "pretrain.max_minutes=60")
     assert result.steps == 3
@@ -219,3 +236,17 @@ def test_what_cannot_be_trained_is_one_sentence(
 def test_data_that_is_not_prepared_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not a prepared data set"):
         run(tmp_path, tmp_path / "run")
+
+
+def test_training_from_the_decoded_file_is_the_same_training(scenes: Path, tmp_path: Path) -> None:
+    crops = "data.crop_scale=0.5"
+    plain = run(scenes, tmp_path / "plain", crops, "data.cache_mb=0")
+    heard = Heard()
+    cached = run(scenes, tmp_path / "cached", crops, "data.cache=true", progress=heard)
+    assert equal(weights(plain.run), weights(cached.run))
+    files = list((scenes / "train").glob("*.npy"))
+    assert [file.stat().st_size for file in files] == [128 + 96 * 3 * 36 * 36]  # 32 and a margin
+    assert any("decoding 96 pictures" in note for note in heard.notes)
+    again = Heard()
+    run(scenes, tmp_path / "again", crops, "data.cache=true", progress=again)
+    assert not any("decoding" in note for note in again.notes)

@@ -6,8 +6,11 @@ process on the joint batch sees what several see together, and a run resumes at 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 import torch
@@ -15,10 +18,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vicvlm_cli.config import DataConfig
+from vicvlm_cli.data.decoded import DecodedFile, decode
 from vicvlm_cli.data.prepared import Split
 from vicvlm_cli.data.tokenizer import Tokenizer
-from vicvlm_cli.data.transforms import CROP_MARGIN, image_to_array, names_no_side
+from vicvlm_cli.data.transforms import CROP_MARGIN, names_no_side
 from vicvlm_cli.errors import UserError
+
+AHEAD = 4  # batches made before they are asked for, by each process
 
 
 @dataclass
@@ -105,17 +111,25 @@ class Plan:
         place = np.arange(1, self.more + 1) % counts[:, None]
         return np.take_along_axis(draw.argsort(1), place, 1)
 
+    def endless(self, start: int = 0) -> Iterator[np.ndarray]:
+        """The batches of all epochs in a row, from the run's ``start``-th on."""
+        first, within = divmod(start, self.batches)
+        yield from self.epoch(first, within)
+        for epoch in count(first + 1):
+            yield from self.epoch(epoch)
+
 
 class Rows(Dataset[Batch]):
     """Loads a whole batch at once: an index is a batch's rows.
 
-    Pictures are decoded once and kept in memory if all of them fit in ``cache_bytes``.
+    Captions are tokenised once. Pictures come from ``decoded`` if it is given; else they are
+    decoded once and kept in memory if all of them fit in ``cache_bytes``; else every time.
 
     Args:
         size: side in pixels of the loaded pictures, see :func:`load_size`.
         max_tokens: longest caption, in tokens.
-        shared: keep them where what one loader process decodes the next epoch's finds. Containers
-            have little of such memory, so not without loader processes.
+        shared: keep them where what one loader process decodes the others find. Containers have
+            little of such memory, so not without loader processes.
     """
 
     def __init__(
@@ -126,40 +140,48 @@ class Rows(Dataset[Batch]):
         max_tokens: int,
         cache_bytes: int = 0,
         shared: bool = False,
+        decoded: DecodedFile | None = None,
     ) -> None:
-        self.split, self.tokenizer = split, tokenizer
-        self.size, self.max_tokens = size, max_tokens
+        self.split, self.size, self.file = split, size, decoded
+        captions = [caption for group in split.captions for caption in group]
+        self.tokens = tokenizer.tokens(captions, max_tokens)
+        self.flip_ok = np.array([names_no_side(caption) for caption in captions])
+        self.first = np.cumsum([0, *(len(group) for group in split.captions)])  # of each picture
         self.decoded: Tensor | None = None
-        if len(split) * 3 * size * size <= cache_bytes:
+        if decoded is None and len(split) * 3 * size * size <= cache_bytes:
             self.decoded = torch.empty(len(split), 3, size, size, dtype=torch.uint8)
             self.is_decoded = torch.zeros(len(split), dtype=torch.bool)
             if shared:
                 self.decoded.share_memory_()
                 self.is_decoded.share_memory_()
 
-    def image(self, i: int) -> Tensor:
-        """The picture as uint8 [3, size, size]."""
+    def images(self, index: np.ndarray) -> Tensor:
+        """Pictures ``index`` [B] as uint8 [B, 3, size, size], a copy."""
+        # Gathered by numpy, which asks for huge pages: several times faster than torch.stack.
+        if self.file is not None:
+            return torch.from_numpy(self.file.pixels[index])
         if self.decoded is None:
-            return torch.from_numpy(image_to_array(self.split.image(i), self.size))
-        if not self.is_decoded[i]:
-            self.decoded[i] = torch.from_numpy(image_to_array(self.split.image(i), self.size))
+            return torch.from_numpy(
+                np.stack([decode(self.split, int(i), self.size) for i in index])
+            )
+        for i in index[~self.is_decoded.numpy()[index]]:
+            self.decoded[i] = torch.from_numpy(decode(self.split, int(i), self.size))
             self.is_decoded[i] = True
-        return self.decoded[i]
+        return torch.from_numpy(self.decoded.numpy()[index])
 
     def __getitem__(self, rows: np.ndarray) -> Batch:
-        groups = [[self.split.captions[i][c] for c in chosen] for i, *chosen in rows]
-        input_ids, attention_mask = self.tokenizer([group[0] for group in groups], self.max_tokens)
+        captions = self.first[rows[:, :1]] + rows[:, 1:]  # [B, 1 + more]
+        input_ids, attention_mask = self.tokens.batch(captions[:, 0])
         batch = Batch(
-            image=torch.stack([self.image(int(i)) for i in rows[:, 0]]),
+            image=self.images(rows[:, 0]),
             input_ids=input_ids,
             attention_mask=attention_mask,
             image_id=torch.from_numpy(rows[:, 0].astype(np.int64)),
-            flip_ok=torch.tensor([all(map(names_no_side, group)) for group in groups]),
+            flip_ok=torch.from_numpy(self.flip_ok[captions].all(1)),
         )
         more = rows.shape[1] - 2
         if more:
-            further = [caption for group in groups for caption in group[1:]]
-            ids, mask = self.tokenizer(further, self.max_tokens)  # [B * more, M]
+            ids, mask = self.tokens.batch(captions[:, 1:].flatten())  # [B * more, M]
             batch.more_ids = ids.view(len(rows), more, -1)
             batch.more_mask = mask.view(len(rows), more, -1)
         return batch
@@ -171,9 +193,13 @@ def load_size(image_size: int, data: DataConfig) -> int:
 
 
 def batches(
-    rows: Rows, plan: Plan, epoch: int, start: int = 0, *, workers: int = 0, pin: bool = False
+    rows: Rows, plan: Plan, start: int = 0, *, workers: int = 0, pin: bool = False
 ) -> Iterator[Batch]:
-    """One epoch's batches of this process, from batch ``start`` on.
+    """The batches of this process, epoch after epoch without end, from the run's ``start``-th on.
+
+    One loader for all epochs: its ``workers`` processes stay, and none waits for an epoch's first
+    batches. Pictures that need no decoding come from a thread instead: handing them over from
+    another process takes ten times as long as gathering them.
 
     Raises:
         UserError: the split is smaller than one batch.
@@ -183,12 +209,28 @@ def batches(
             f"{rows.split.title} does not fill one batch of {plan.batch_size} x {plan.world_size} "
             "processes: lower --batch-size"
         )
+    if rows.file is not None:
+        return _ahead(rows, plan.endless(start), pin)
     loader: DataLoader[Batch] = DataLoader(
         rows,
         batch_size=None,
-        sampler=plan.epoch(epoch, start),
+        sampler=plan.endless(start),
         num_workers=workers,
         pin_memory=pin,
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=AHEAD if workers else None,
     )
     return iter(loader)
+
+
+def _ahead(rows: Rows, sampler: Iterator[np.ndarray], pin: bool) -> Iterator[Batch]:
+    """Batches made by one thread while those before them are used."""
+
+    def load() -> Batch:
+        batch = rows[next(sampler)]
+        return batch.pin_memory() if pin else batch
+
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        waiting = deque(pool.submit(load) for _ in range(AHEAD))
+        while True:
+            yield waiting.popleft().result()
+            waiting.append(pool.submit(load))

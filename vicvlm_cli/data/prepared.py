@@ -126,7 +126,7 @@ class Split:
         self._files = files
 
     def __getstate__(self) -> dict[str, Any]:
-        opened = {"_data", "captions", "image_ids", "paths"}
+        opened = {"_data", "_pictures", "captions", "image_ids", "paths"}
         return {key: value for key, value in self.__dict__.items() if key not in opened}
 
     def __len__(self) -> int:
@@ -155,6 +155,10 @@ class Split:
         return whole.cast_column("image", datasets.Image(decode=False))
 
     @cached_property
+    def _pictures(self) -> Any:
+        return self._data.data.column("image")  # a tenth of the time that a row takes
+
+    @cached_property
     def captions(self) -> list[list[str]]:
         """The captions of every image."""
         return self._data.data.column("captions").to_pylist()
@@ -168,6 +172,15 @@ class Split:
         """Where each image came from: a file, or 'archive.tar!member'."""
         return self._data.data.column("path").to_pylist()
 
-    def image(self, i: int) -> Image.Image:
-        """Image `i`, decoded: RGB, with a short side of at most the manifest's `image_side`."""
-        return load_rgb(self._data[i]["image"]["bytes"])
+    @property
+    def decoded_stem(self) -> Path:
+        """Where files derived from the pictures stand, named by all that decides their content."""
+        folder = self._files[0].parent
+        return folder / f"{self.name}-{self._manifest.fingerprint[:8]}-{self.hash[:8]}"
+
+    def image(self, i: int, at_least: int | None = None) -> Image.Image:
+        """Image `i`, decoded: RGB, with a short side of at most the manifest's `image_side`.
+
+        `at_least` as in `images.load_rgb`.
+        """
+        return load_rgb(self._pictures[i]["bytes"].as_py(), at_least)

@@ -19,7 +19,9 @@ from vicvlm_cli.data.sources.listing import SPLITS, Item, Rejected
 
 SHARD_IMAGES = 1000
 SHARD_BYTES = 64 << 20
-_OURS = re.compile(r"(?P<split>\w+)-(?P<key>[0-9a-f]{8})-\d{5}\.(arrow|json)(\.\d+\.tmp)?")
+_OURS = re.compile(
+    r"(?P<split>\w+)-[0-9a-f]{8}-(\d{5}\.(arrow|json)|[0-9a-f]{8}-\d+\.npy)(\.\d+\.tmp)?"
+)
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -162,7 +164,7 @@ class ShardWriter:
         self._open[split] = _OpenShard()
 
     def _clear(self, keep: set[str]) -> None:
-        """Remove sidecars, leftovers and shards of other fingerprints; nothing but our own."""
+        """Remove sidecars, leftovers, decoded pictures and old shards; nothing but our own."""
         for split in SPLITS:
             for file in (self.path / split).glob(f"{split}-*"):
                 ours = _OURS.fullmatch(file.name)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -13,6 +15,31 @@ from torch import Tensor
 from vicvlm_cli.errors import UserError
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+TEXTS_AT_A_TIME = 8192  # the backend's own records are a hundred times the size of their ids
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids of n texts without padding, 4 bytes each: ``ids`` [N], ``starts`` [n + 1]."""
+
+    ids: np.ndarray
+    starts: np.ndarray
+    pad_id: int
+
+    def batch(self, index: np.ndarray) -> tuple[Tensor, Tensor]:
+        """``input_ids`` [B, L] long and ``attention_mask`` [B, L] bool of texts ``index`` [B].
+
+        L is the longest of them.
+        """
+        starts = self.starts[index]
+        lengths = self.starts[index + 1] - starts
+        place = np.arange(lengths.max(initial=0))
+        mask = place < lengths[:, None]  # [B, L]
+        ids = self.ids[starts[:, None] + place.clip(max=lengths[:, None] - 1)]
+        return (
+            torch.from_numpy(np.where(mask, ids, self.pad_id).astype(np.int64)),
+            torch.from_numpy(mask),
+        )
 
 
 class Tokenizer:
@@ -112,15 +139,19 @@ class Tokenizer:
 
         Texts over ``max_tokens`` lose their end, never their [SEP].
         """
-        rows = [e.ids for e in self.backend.encode_batch(texts)]
-        rows = [r if len(r) <= max_tokens else [*r[: max_tokens - 1], self.sep_id] for r in rows]
-        length = max(map(len, rows), default=0)
-        input_ids = torch.full((len(rows), length), self.pad_id, dtype=torch.long)
-        attention_mask = torch.zeros((len(rows), length), dtype=torch.bool)
-        for i, row in enumerate(rows):
-            input_ids[i, : len(row)] = torch.tensor(row)
-            attention_mask[i, : len(row)] = True
-        return input_ids, attention_mask
+        return self.tokens(texts, max_tokens).batch(np.arange(len(texts)))
+
+    def tokens(self, texts: Sequence[str], max_tokens: int) -> Tokens:
+        """All texts at once, to make batches of; cut as by calling the tokenizer."""
+        ids, lengths = [np.empty(0, np.int32)], [0]
+        for start in range(0, len(texts), TEXTS_AT_A_TIME):
+            encoded = self.backend.encode_batch_fast(texts[start : start + TEXTS_AT_A_TIME])
+            for row in (e.ids for e in encoded):
+                if len(row) > max_tokens:
+                    row = [*row[: max_tokens - 1], self.sep_id]
+                ids.append(np.array(row, np.int32))
+                lengths.append(len(row))
+        return Tokens(np.concatenate(ids), np.cumsum(lengths), self.pad_id)
 
 
 def _pipeline(model: models.WordPiece) -> Backend:

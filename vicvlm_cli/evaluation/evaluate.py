@@ -125,9 +125,10 @@ def evaluate_split(
         images=images,
         progress=progress,
     )
-    dual = evaluate_features(features.image, features.text, features.text_image)
     if not scoring:
+        dual = evaluate_features(features.image, features.text, features.text_image)
         return Evaluation(dual, dual if matching else None, 0.0, top_k if matching else 0)
     scored = rerank(vlm, features, top_k=top_k, precision=precision, progress=progress)
     weight = scored.choose_weight() if rerank_weight is None else rerank_weight
-    return Evaluation(dual, scored.metrics(weight), weight, top_k)
+    # At weight 0 the order is the dual encoder's, whose ranks were counted with the candidates.
+    return Evaluation(scored.metrics(0.0), scored.metrics(weight), weight, top_k)

@@ -27,11 +27,30 @@ def adverse(scores: Tensor, positive: Tensor) -> Tensor:
     float64, which is less than any difference between float32 scores. NaN is the best
     key for a negative and the worst for a positive.
     """
-    keys = scores.double()
-    lowest = keys.new_tensor(-torch.inf)
-    wins = torch.nan_to_num(keys, nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    loses = torch.nextafter(torch.where(keys.isnan(), lowest, keys), lowest)
-    return torch.where(positive, loses, wins)
+    keys = torch.nan_to_num(scores.double(), nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    own = scores[positive].double()  # few
+    lowest = own.new_tensor(-torch.inf)
+    keys[positive] = torch.nextafter(torch.where(own.isnan(), lowest, own), lowest)
+    return keys
+
+
+def best_positive(
+    queries: Tensor, gallery: Tensor, query_group: Tensor, gallery_group: Tensor
+) -> Tensor:
+    """The score [Q] of each query's best-scoring positive, -inf where there is none or all are NaN.
+
+    Only the pairs of one group are computed; the arguments are those of `ranks`.
+    """
+    order = gallery_group.argsort(stable=True)
+    groups = gallery_group[order]
+    first = torch.searchsorted(groups, query_group)
+    count = torch.searchsorted(groups, query_group, right=True) - first
+    query = torch.arange(len(queries)).repeat_interleave(count)
+    place = torch.arange(len(query)) - (count.cumsum(0) - count)[query]  # among the query's own
+    pair = order[first[query] + place]
+    scores = (queries[query].double() * gallery[pair].double()).sum(1).float()
+    best = torch.full((len(queries),), -torch.inf)
+    return best.scatter_reduce(0, query, scores.nan_to_num(nan=-torch.inf), "amax")
 
 
 def ranks(
@@ -49,17 +68,11 @@ def ranks(
     """
     found = []
     for rows, group in zip(queries.split(block), query_group.split(block), strict=True):
-        best = torch.full((len(rows), 1), -torch.inf, dtype=torch.float64)
-        # Twice over the gallery: first the best positive, then the negatives before it.
-        for part, part_group in zip(gallery.split(block), gallery_group.split(block), strict=True):
-            positive = group[:, None] == part_group
-            keys = adverse(similarity(rows, part), positive).masked_fill(~positive, -torch.inf)
-            best = torch.maximum(best, keys.amax(1, keepdim=True))
+        best = best_positive(rows, gallery, group, gallery_group)[:, None]
         before = torch.zeros(len(rows), dtype=torch.long)
         for part, part_group in zip(gallery.split(block), gallery_group.split(block), strict=True):
-            positive = group[:, None] == part_group
-            keys = adverse(similarity(rows, part), positive)
-            before += ((keys > best) & ~positive).sum(1)
+            wins = ~(similarity(rows, part) < best)  # NaN too
+            before += (wins & (group[:, None] != part_group)).sum(1)
         found.append(before + 1)
     return torch.cat(found)
 

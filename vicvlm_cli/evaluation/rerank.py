@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vicvlm_cli.evaluation.by_picture import match_by_picture
 from vicvlm_cli.evaluation.recall import (
     BLOCK,
     RetrievalMetrics,
@@ -18,6 +19,7 @@ from vicvlm_cli.evaluation.recall import (
 from vicvlm_cli.evaluation.tokens import SplitFeatures
 from vicvlm_cli.gallery.search import running_top_k
 from vicvlm_cli.inference import inferring
+from vicvlm_cli.model.fusion import CrossAttentionFusion
 from vicvlm_cli.model.vlm import VLM, Encoded
 from vicvlm_cli.report.progress import Progress
 
@@ -106,11 +108,18 @@ def match_pairs(
     images, texts = features.image_tokens, features.text_tokens
     if images is None or texts is None:
         raise ValueError("re-ranking needs features with tokens")
+    if isinstance(vlm.fusion, CrossAttentionFusion):
+        return match_by_picture(
+            vlm, features, image_index, text_index, precision=precision, progress=progress
+        )
     logits = torch.empty(len(image_index))
     order = texts.lengths[text_index].argsort(stable=True)
     limit = TOKEN_BYTES.get(images.device.type, TOKEN_BYTES["cpu"])
     at = 0
-    with progress.bar("re-ranking", len(order), "pairs") as bar:
+    with (
+        progress.bar("re-ranking", len(order), "pairs") as bar,
+        inferring(vlm, images.device, precision),  # around all: weights are cast to bf16 once
+    ):
         while at < len(order):
             # Texts get longer: the batch is sized by the longest that could be in it.
             end = order[min(at + MAX_PAIRS, len(order)) - 1]
@@ -118,11 +127,10 @@ def match_pairs(
             size = min(MAX_PAIRS, max(1, limit // (4 * tokens * vlm.config.text_width)))
             rows = order[at : at + size]
             image, text = image_index[rows], text_index[rows]
-            with inferring(vlm, images.device, precision):
-                logit = vlm.match(
-                    Encoded(features.image[image].to(images.device), *images.gather(image)),
-                    Encoded(features.text[text].to(images.device), *texts.gather(text)),
-                )
+            logit = vlm.match(
+                Encoded(features.image[image].to(images.device), *images.gather(image)),
+                Encoded(features.text[text].to(images.device), *texts.gather(text)),
+            )
             logits[rows] = logit.float().cpu()
             at += len(rows)
             bar.advance(len(rows))

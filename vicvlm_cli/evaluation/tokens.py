@@ -109,7 +109,7 @@ def encode_split(
         for batch in encode_image_batches(
             vlm,
             range(count),
-            split.image,
+            lambda i: split.image(i, at_least=vlm.config.image_size),
             device=device,
             precision=precision,
             batch_size=batch_size,

@@ -74,6 +74,26 @@ class ImageEncoder(nn.Module):
         """Patches of one picture."""
         return self.grid[0] * self.grid[1]
 
+    def freeze(self, blocks: int) -> None:
+        """Let the lowest ``blocks``, and the embeddings below them, keep their weights.
+
+        Nothing is kept for their backward pass, and there is none. 0 frees all.
+
+        Raises:
+            UserError: there are not so many blocks.
+        """
+        vit: Any = self.vit
+        if not 0 <= blocks <= len(vit.blocks):
+            raise UserError(
+                f"frozen_blocks={blocks} is more than the image encoder's {len(vit.blocks)} blocks"
+            )
+        self.requires_grad_(True)
+        if blocks:
+            for name, parameter in vit.named_parameters():
+                if not name.startswith(("blocks.", "norm.", "fc_norm.")):
+                    parameter.requires_grad_(False)
+            vit.blocks[:blocks].requires_grad_(False)
+
     def forward(
         self,
         image: Tensor,

@@ -135,7 +135,7 @@ def _prepared(
     ]
     if not items:
         raise UserError(f"{source} has no pictures in {', '.join(names)}: run `vicvlm prepare`")
-    return items, lambda item, size: splits[item.split].image(item.index)
+    return items, lambda item, size: splits[item.split].image(item.index, at_least=size)
 
 
 def _folder(source: Path) -> tuple[list[GalleryItem], Load]:

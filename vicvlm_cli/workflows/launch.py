@@ -1,4 +1,4 @@
-"""Before a training: the processes that train together, their precision, and the run's folder."""
+"""Before a training: the processes that train together, their precision, the run's folder, data."""
 
 from __future__ import annotations
 
@@ -17,9 +17,14 @@ from accelerate.utils import (
 
 from vicvlm_cli.checkpoint import FILE_NAME
 from vicvlm_cli.config import DataConfig, TrainConfig
-from vicvlm_cli.data.prepared import PreparedDataset
+from vicvlm_cli.data.batches import Rows, load_size
+from vicvlm_cli.data.decoded import DecodedFile, make_decoded
+from vicvlm_cli.data.prepared import PreparedDataset, Split
+from vicvlm_cli.data.tokenizer import Tokenizer
 from vicvlm_cli.device import supports_bf16
 from vicvlm_cli.errors import UsageError, UserError
+from vicvlm_cli.model.vlm import VLM
+from vicvlm_cli.report.progress import Progress
 
 
 def join() -> None:
@@ -99,3 +104,27 @@ def with_workers(data: DataConfig, accelerator: Accelerator) -> DataConfig:
     # On the CPU the training itself wants every core: a loader process only takes turns with it.
     workers = 0 if accelerator.device.type == "cpu" else min(8, cores - 1)
     return dataclasses.replace(data, workers=max(workers, 0))
+
+
+def make_rows(
+    accelerator: Accelerator,
+    model: VLM,
+    data: DataConfig,
+    split: Split,
+    tokenizer: Tokenizer,
+    progress: Progress,
+) -> Rows:
+    """What batches are made of; with ``cache``, a process of each machine decodes the pictures."""
+    size = load_size(model.config.image_size, data)
+    if data.cache and accelerator.is_local_main_process:
+        make_decoded(split, size, progress)
+    accelerator.wait_for_everyone()
+    return Rows(
+        split,
+        tokenizer,
+        size,
+        model.config.max_tokens,
+        cache_bytes=data.cache_mb * 10**6,
+        shared=data.workers > 0,
+        decoded=DecodedFile(split, size) if data.cache else None,
+    )

@@ -20,12 +20,13 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from vicvlm_cli.config import DataConfig, TrainConfig
-from vicvlm_cli.data.batches import Batch, Plan, Rows, batches, load_size
+from vicvlm_cli.data.batches import Batch, Plan, batches
 from vicvlm_cli.data.prepared import Split
 from vicvlm_cli.data.tokenizer import Tokenizer
 from vicvlm_cli.data.transforms import color_jitter, random_crop
 from vicvlm_cli.objectives.ranks import Noise
 from vicvlm_cli.report.progress import Progress
+from vicvlm_cli.workflows.launch import make_rows
 from vicvlm_cli.workflows.metrics import LOG_STEPS, Metrics
 
 T = TypeVar("T")
@@ -118,6 +119,7 @@ def run_loop(
     model = accelerator.unwrap_model(objective).model
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     steps = total_steps(plan, config)
+    rows = make_rows(accelerator, model, data, split, tokenizer, progress)
     checks = max(1, round(config.validate_every * plan.batches / config.accumulate))
     clock = clock_of(config)
     began = last_flush = last_state = clock()
@@ -136,9 +138,6 @@ def run_loop(
             share = agreed(max(share, (clock() - began) / (60 * config.max_minutes)))
         return min(share, 1.0)
 
-    size = load_size(model.config.image_size, data)
-    cache, shared = data.cache_mb * 10**6, data.workers > 0
-    rows = Rows(split, tokenizer, size, model.config.max_tokens, cache, shared)
     pin = accelerator.device.type == "cuda"
     objective.train()
     stopping = _StopAtStep(enabled=accelerator.num_processes == 1)
@@ -147,9 +146,8 @@ def run_loop(
         bar.advance(position.pairs)
         micro = position.step * config.accumulate
         share = done()
-        while share < 1:
-            epoch, start = divmod(micro, max(plan.batches, 1))
-            for batch in batches(rows, plan, epoch, start, workers=data.workers, pin=pin):
+        if share < 1:
+            for batch in batches(rows, plan, micro, workers=data.workers, pin=pin):
                 noise = Noise(config.seed, micro, accelerator.device)
                 batch = batch.to(accelerator.device)
                 batch.image = augment(batch, model.config.image_size, data, noise)

@@ -192,6 +192,7 @@ def _train(job: Job, accelerator: Accelerator, progress: Progress) -> TrainResul
         accelerator.num_processes,
         data.more_captions,
     )
+    job.model.image_encoder.freeze(config.frozen_blocks)
     objective = create_objective(job.model, job.tokenizer, config)
     groups = parameter_groups(objective, config)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)

@@ -1,0 +1,165 @@
+"""Which losses and levers earn their place: one row of docs/results.md by one command.
+
+    python benchmarks/recall.py list
+    python benchmarks/recall.py run DATA --weights FILE --budget S --row itc --row vicvlm
+    python benchmarks/recall.py report
+
+DATA is a prepared Flickr8k, FILE the ImageNet weights of deit_tiny_patch16_224. Each budget is CPU
+time of pretraining and fine-tuning together: S is 30 core-minutes (15 minutes of two cores), L is
+60. Finished rows are kept in benchmarks/results/recall as small JSON files and not run again; with
+`--piece 9` no call takes longer than about nine minutes, and the same call goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Annotated, Any
+
+import typer
+from runs import Run, Unfinished, advance
+
+app = typer.Typer(no_args_is_help=True, add_completion=False)
+
+MINUTES = {"S": 30.0, "L": 60.0}
+RESULTS = Path(__file__).parent / "results" / "recall"
+WORK = Path("runs") / "recall"
+
+MATCHING = ("itm",)
+MASKED = ("mlm", "mim", "joint_mim")
+VICREG = ("variance", "covariance", "invariance")
+OTHERS = (*MATCHING, *MASKED, *VICREG)
+# What a loss added to ITC alone gets: on from the middle of the run, as in the preset.
+ADDED = {"itm": 0.5, "mlm": 0.2, "mim": 0.1, "joint_mim": 0.1}
+LATE = "start = 0.5, ramp = 0.1, every = 2"
+
+
+def without(*names: str) -> tuple[str, ...]:
+    """Settings that turn losses of VicVLM's recipe off."""
+    return tuple(f"pretrain.losses.{name}.weight=0" for name in names)
+
+
+ALONE = without(*OTHERS)
+# A row's settings of pretraining, laid over the preset for photographs; all of the budget goes to
+# pretraining, ITC included, unless a row stands in TUNED.
+ROWS: dict[str, tuple[str, ...]] = {
+    "itc": ALONE,
+    **{
+        f"itc+{name}": (*ALONE, f"pretrain.losses.{name}={{weight = {weight}, {LATE}}}")
+        for name, weight in ADDED.items()
+    },
+    "itc+vicreg": (
+        *ALONE,
+        *(
+            f"pretrain.losses.{name}={{weight = {weight}, {LATE}}}"
+            for name, weight in zip(VICREG, (0.02, 0.002, 0.02), strict=True)
+        ),
+    ),
+    "vicvlm": (),
+    **{f"vicvlm-{name}": without(name) for name in ADDED},
+    "vicvlm-vicreg": without(*VICREG),
+    # Levers, on ITC alone: what holds for it holds for every method that has it.
+    "itc-batch-192": (*ALONE, "pretrain.batch_size=192"),
+    "itc-batch-32": (*ALONE, "pretrain.batch_size=32"),
+    **{f"itc-frozen-{n}": (*ALONE, f"pretrain.frozen_blocks={n}") for n in (0, 4, 9)},
+    "itc-batch-192-frozen-0": (*ALONE, "pretrain.batch_size=192", "pretrain.frozen_blocks=0"),
+    "itc-more-captions": (*ALONE, "data.more_captions=1"),
+}
+
+
+@app.command(name="list")
+def names() -> None:
+    """Say which rows there are."""
+    for name, settings in ROWS.items():
+        print(name, *(f"--set {setting}" for setting in settings))
+
+
+@app.command()
+def run(
+    data: Annotated[Path, typer.Argument(help="Prepared data set.")],
+    row: Annotated[list[str], typer.Option(help="Which; repeatable, NAME or NAME:SEED.")],
+    weights: Annotated[Path, typer.Option(help="ImageNet weights of the image encoder.")],
+    budget: Annotated[str, typer.Option(help="S or L.")] = "S",
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Another configuration, named by --row.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(help="Runs side by side, a core each.")] = 2,
+    piece: Annotated[float, typer.Option(help="Minutes of this call; 0: to the end.")] = 0.0,
+) -> None:
+    """Train and measure what has not been measured yet."""
+    until = time.monotonic() + 60 * piece if piece else math.inf
+    runs = []
+    for word in row:
+        name, _, seed = word.partition(":")
+        if name not in ROWS and not settings:
+            raise typer.BadParameter(f"there is no row {name}: python benchmarks/recall.py list")
+        chosen = (*ROWS.get(name, ALONE), *(settings or ()))
+        runs.append(
+            Run(
+                name=name,
+                seed=int(seed or 0),
+                data=data,
+                minutes=MINUTES[budget],
+                tune=0.0,
+                validate_every=4.0,
+                pretrain=chosen,
+                options=("--preset", "vicvlm-tiny-photos", "--image-weights", str(weights)),
+            )
+        )
+
+    def one(run: Run) -> None:
+        try:
+            advance(run, WORK / budget, until, RESULTS / budget)
+            print(f"{run.key}: done", flush=True)
+        except Unfinished:
+            print(f"{run.key}: the same call goes on from here", flush=True)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(one, runs))
+
+
+@app.command()
+def report(budget: Annotated[str, typer.Option(help="S or L.")] = "S") -> None:
+    """The table of a budget, in Markdown."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for file in sorted((RESULTS / budget).glob("*.json")):
+        one = json.loads(file.read_text("utf-8"))
+        found.setdefault(one["name"], []).append(one)
+    print(
+        "| row | seeds | pairs | dual: text to image R@1 / 5 / 10 | image to text R@1 / 5 / 10 ",
+        end="",
+    )
+    print("| re-ranked: text to image | image to text |")
+    print("|---|---|---|---|---|---|---|")
+    order = [*(name for name in ROWS if name in found), *sorted(found.keys() - ROWS.keys())]
+    for name in order:
+        rows = found[name]
+        cells = [name, str(len(rows)), f"{mean(r['pretrain']['pairs'] for r in rows):,.0f}"]
+        for kind in ("dual", "reranked"):
+            for way in ("image_retrieval", "text_retrieval"):
+                tables = [r["evaluate"][kind] for r in rows]
+                cells.append(
+                    " / ".join(_spread([t[way][k] for t in tables]) for k in KS)
+                    if all(tables)
+                    else "-"
+                )
+        print("| " + " | ".join(cells) + " |")
+    print(f"\n{sum(map(len, found.values()))} runs of {len(found)} configurations.")
+
+
+KS = ("r1", "r5", "r10")
+
+
+def _spread(values: list[float]) -> str:
+    """Mean, and its standard error where there are several."""
+    if len(values) < 2:
+        return f"{values[0]:.1f}"
+    return f"{mean(values):.1f} ± {stdev(values) / math.sqrt(len(values)):.1f}"
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,178 @@
+"""Whole trainings as rows of a comparison: resumable, and cut into pieces of a few minutes.
+
+A run is a `vicvlm pretrain`, perhaps a `finetune`, and an `evaluate`, in processes of their own, in
+one folder. What has been done is not done again, and a piece that is over is stopped as by Ctrl-C,
+so that the next one resumes it. Trainings are measured by their own CPU time on one thread, and
+several run side by side: a run on a busy machine is the run of a quiet one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MANY_EPOCHS = 1000  # the time ends a run, not the epochs
+
+
+@dataclass(frozen=True)
+class Run:
+    """One row: its settings (`--set`), its minutes of CPU time, and what it is measured on.
+
+    ``tune`` is 0 where pretraining is all.
+    """
+
+    name: str
+    seed: int
+    data: Path
+    minutes: float
+    tune: float
+    pretrain: tuple[str, ...] = ()
+    finetune: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()  # further words for `vicvlm pretrain`
+    split: str = "val"
+    top_k: int = 32
+    validate_every: float = 2.0  # epochs
+
+    @property
+    def key(self) -> str:
+        """Name of its folder and its file."""
+        return f"{self.name}-{self.seed}"
+
+
+class Unfinished(Exception):
+    """The piece was over before the run was: the same call goes on from here."""
+
+
+def advance(run: Run, work: Path, until: float, results: Path) -> dict[str, Any]:
+    """Bring ``run`` to its end, or as far as ``until`` (of ``time.monotonic``) allows.
+
+    Args:
+        work: folder of checkpoints and states.
+        results: folder of finished rows, small files to be kept.
+
+    Returns:
+        The row, which is also in ``results/KEY.json``.
+
+    Raises:
+        Unfinished: there is more to do.
+        SystemExit: a command failed.
+    """
+    file = results / f"{run.key}.json"
+    if file.exists():
+        row: dict[str, Any] = json.loads(file.read_text("utf-8"))
+        return row
+    folder = work / run.key
+    folder.mkdir(parents=True, exist_ok=True)
+    words = ["pretrain", "--data", str(run.data), *run.options]
+    first = _train(run, folder / "pre", words, "pretrain", run.minutes, run.pretrain, until)
+    last, second = folder / "pre", None
+    if run.tune:
+        last = folder / "fine"
+        words = ["finetune", str(folder / "pre"), "--data", str(run.data)]
+        second = _train(run, last, words, "finetune", run.tune, run.finetune, until)
+    if time.monotonic() > until:
+        raise Unfinished
+    figures = ["evaluate", str(last), "--data", str(run.data), "--split", run.split]
+    code, text, peak = _vicvlm([*figures, "--top-k", str(run.top_k), "--json"], folder, None)
+    if code:
+        raise SystemExit(f"{run.key} failed; {folder / 'log.txt'} says why")
+    row = {
+        "name": run.name,
+        "seed": run.seed,
+        "pretrain": first,
+        "finetune": second,
+        "evaluate": json.loads(text) | {"peak_mb": peak},
+    }
+    results.mkdir(parents=True, exist_ok=True)
+    _write_whole(file, row)
+    return row
+
+
+def _train(
+    run: Run,
+    folder: Path,
+    words: list[str],
+    kind: str,
+    minutes: float,
+    settings: Sequence[str],
+    until: float,
+) -> dict[str, Any]:
+    note = folder.with_suffix(".json")  # what a training's own result does not know
+    known = json.loads(note.read_text("utf-8")) if note.exists() else {"peak_mb": 0, "command": ""}
+    result = folder / "result.json"
+    if not result.exists():
+        wanted = [
+            f"{kind}.seed={run.seed}",
+            f"{kind}.epochs={MANY_EPOCHS}",
+            f"{kind}.max_minutes={minutes}",
+            f"{kind}.validate_every={run.validate_every}",
+            f"{kind}.clock=cpu",
+            *settings,
+        ]
+        command = [*words, "--output", str(folder)]
+        command += [word for setting in wanted for word in ("--set", setting)]
+        known["command"] = shlex.join(["vicvlm", *command])
+        if (folder / "state").exists() or (folder / "state.old").exists():
+            command = [kind, "--data", str(run.data), "--resume", str(folder)]
+        elif folder.exists():  # ended before there was anything to go on from
+            for leftover in folder.iterdir():
+                leftover.unlink()
+        code, _, peak = _vicvlm(command, folder.parent, until)
+        known["peak_mb"] = max(known["peak_mb"], peak)
+        _write_whole(note, known)
+        if not result.exists():
+            if code and time.monotonic() < until:
+                raise SystemExit(f"{run.key} failed; {folder.parent / 'log.txt'} says why")
+            raise Unfinished
+    return json.loads(result.read_text("utf-8")) | known
+
+
+def _vicvlm(words: list[str], folder: Path, until: float | None) -> tuple[int, str, int]:
+    """Exit code, what was printed, and the peak memory in MB; interrupted at ``until``."""
+    # A benchmark leaves alone what the user's own commands remember.
+    with tempfile.TemporaryDirectory() as state, open(folder / "log.txt", "a") as log:
+        environment = {
+            **os.environ,
+            "VICVLM_STATE": str(Path(state) / "state.json"),
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+        }
+        process = subprocess.Popen(
+            [sys.executable, "-m", "vicvlm_cli", *words],
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=environment,
+        )
+        assert process.stdout is not None
+        pidfd = os.pidfd_open(process.pid)
+        if until is not None:
+            left = min(max(0.0, until - time.monotonic()), 10**6)
+            if not _ended(pidfd, left):
+                process.send_signal(signal.SIGINT)
+        text = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        os.close(pidfd)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    return process.returncode, text, round(usage.ru_maxrss / 1024)
+
+
+def _ended(pidfd: int, seconds: float) -> bool:
+    return bool(select.select([pidfd], [], [], seconds)[0])
+
+
+def _write_whole(path: Path, row: dict[str, Any]) -> None:
+    beside = path.with_suffix(".part")
+    beside.write_text(json.dumps(row, indent=1) + "\n", "utf-8")
+    os.replace(beside, path)
