@@ -62,7 +62,7 @@ docs-check: $(STAMP)  ## Check that docs/cli.md says what --help says
 
 bench: export HF_HUB_OFFLINE := 1
 bench: $(STAMP)  ## Measure what costs what, as docs/performance.md tells; ROWS="step" for some
-	python benchmarks/bench.py $(ROWS)
+	python benchmarks/bench.py --out benchmarks/results $(ROWS)
 
 clean:  ## Remove what was built, measured or demonstrated; keep .venv and runs/
 	rm -rf build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache

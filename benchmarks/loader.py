@@ -25,7 +25,7 @@ from vicvlm_cli.data.batches import Plan, Rows, batches
 from vicvlm_cli.data.decoded import make_decoded
 from vicvlm_cli.data.prepared import PreparedDataset
 from vicvlm_cli.data.tokenizer import Tokenizer
-from vicvlm_cli.model.vlm import create_model
+from vicvlm_cli.model.create import create_model
 from vicvlm_cli.objectives import create_objective
 from vicvlm_cli.objectives.ranks import Noise
 from vicvlm_cli.report.progress import Progress

@@ -8,7 +8,6 @@ gallery holds: its features, n x P x 4 bytes.
 from __future__ import annotations
 
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -50,34 +49,22 @@ def run() -> list[Row]:
             raw = root / f"raw-{number}"
             material.folder_of_pictures(raw, number, (96, 72), "test", seed=times)
             for command in ("prepare", "embed", "evaluate"):
-                # A first run of the smallest warms the machine's caches of files.
-                for _ in range(2 if times == 1 else 1):
-                    row = measure(command, root, number)
-                found.setdefault(command, []).append({"n": number, **row})
-        for command, sizes in found.items():
-            first, middle, last = sizes
-            rows.append(
-                Row(
-                    f"{command} : time a picture, 16 times against 4",
-                    *(1000 * row["seconds"] / row["n"] for row in (last, middle)),
-                    unit="ms",
-                    bar="<= 1.3",
-                    note=f"{first['n']}, {middle['n']} and {last['n']} pictures took "
-                    + ", ".join(f"{row['seconds']:.2f}" for row in sizes)
-                    + " s",
-                )
-            )
-            features = 4 * MODEL.projection_dim * (last["n"] - first["n"]) / 2**20
-            rows.append(
-                Row(
-                    f"{command} : peak memory, 16 times against 1",
-                    last["peak_mb"] - (features if command == "embed" else 0.0),
-                    first["peak_mb"],
-                    unit="MB",
-                    bar="<= 1.1",
-                    note="without the gallery's features" if command == "embed" else "",
-                )
-            )
+                row = {"n": number, **measure(command, root, number)}
+                found.setdefault(command, []).append(row)
+        for command, (first, middle, last) in found.items():
+            sizes = (first, middle, last)
+            taken = ", ".join(f"{row['seconds']:.2f} s" for row in sizes)
+            peaks = ", ".join(f"{row['peak_mb']:.0f} MB" for row in sizes)
+            numbers = ", ".join(f"{row['n']:.0f}" for row in sizes) + " pictures"
+            each = [1000 * row["seconds"] / row["n"] for row in (last, middle)]
+            name = f"{command} : time a picture, 16 times as many against 4"
+            rows.append(Row(name, *each, "ms", "<= 1.3", f"{numbers}: {taken}"))
+            grown = 0.0
+            if command == "embed":
+                grown = 4 * MODEL.projection_dim * (last["n"] - middle["n"]) / 2**20
+            name = f"{command} : peak memory, 16 times as many against 4"
+            peak = (last["peak_mb"] - grown, middle["peak_mb"])
+            rows.append(Row(name, *peak, "MB", "<= 1.1", f"{numbers}: {peaks}"))
     return rows
 
 
@@ -91,23 +78,28 @@ def measure(command: str, root: Path, number: int) -> dict[str, float]:
 
 def main(command: str, root: Path, number: int) -> None:
     """One measurement: seconds of the workflow, and this process's peak memory."""
+    smallest = min(int(path.name.removeprefix("raw-")) for path in root.glob("raw-*"))
+    work(command, root, smallest, root / f"warm-{command}-{number}")  # what is done only once
+    began = time.perf_counter()
+    work(command, root, number, root / f"{command}-{number}")
+    seconds = time.perf_counter() - began
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps({"seconds": seconds, "peak_mb": peak}))
+
+
+def work(command: str, root: Path, number: int, output: Path) -> None:
+    """A command's workflow over ``number`` pictures."""
     from vicvlm_cli.workflows.embed import embed
     from vicvlm_cli.workflows.evaluate import evaluate
     from vicvlm_cli.workflows.prepare import prepare
 
-    raw, data = root / f"raw-{number}", root / f"data-{number}"
-    checkpoint = root / "model.safetensors"
-    began = time.perf_counter()
+    raw, checkpoint = root / f"raw-{number}", root / "model.safetensors"
     if command == "prepare":
-        path = data.with_name(f"{data.name}.{os.getpid()}") if data.exists() else data
-        prepare("folder", raw, output=path, image_side=48, progress=QUIET)
+        prepare("folder", raw, output=output, image_side=48, progress=QUIET)
     elif command == "embed":
-        embed(raw, checkpoint, output=root / f"gallery-{number}", progress=QUIET)
+        embed(raw, checkpoint, output=output, progress=QUIET)
     else:
-        evaluate(checkpoint, data, top_k=TOP_K, progress=QUIET)
-    seconds = time.perf_counter() - began
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"seconds": seconds, "peak_mb": peak}))
+        evaluate(checkpoint, root / f"prepare-{number}", top_k=TOP_K, progress=QUIET)
 
 
 if __name__ == "__main__":
