@@ -213,10 +213,11 @@ def evaluate(
     data: o.DataPath = None,
     split: o.SplitName = "test",
     top_k: o.Candidates = 128,
+    all_pairs: o.AllPairs = False,
     batch_size: o.EncodeBatch = 64,
     as_json: o.AsJson = False,
 ) -> None:
-    """Measure recall, by the dual encoder alone and re-ranked by ITM."""
+    """Measure recall, by features alone and by the model's own score of pairs."""
     from vicvlm_cli.report.tables import evaluation_tables
     from vicvlm_cli.workflows import evaluate as workflow
 
@@ -228,6 +229,7 @@ def evaluate(
         default("data", data, "--data", progress),
         split=split,
         top_k=top_k,
+        all_pairs=all_pairs,
         batch_size=batch_size,
         progress=progress,
     )

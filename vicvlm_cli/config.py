@@ -144,6 +144,7 @@ CHOICES = {
         "co_attention",
         "shared",
         "stacked_attention",
+        "single_stream",
         "none",
     ),
     "data.captions": ("all", "one"),

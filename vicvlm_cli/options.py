@@ -89,7 +89,10 @@ SplitName = Annotated[str, _option("Which split.", "--split")]
 SplitOrAll = Annotated[
     str | None, _option("Which split of a prepared data set. [default: all]", "--split")
 ]
-Candidates = Annotated[int, _option("Candidates that ITM re-ranks; 0: none.", "--top-k", min=0)]
+Candidates = Annotated[
+    int, _option("Candidates a query that are scored pair by pair; 0: none.", "--top-k", min=0)
+]
+AllPairs = Annotated[bool, _option("Score every pair; what it costs is said first.", "--all-pairs")]
 Pictures = Annotated[
     Path | None,
     _argument("Folder of pictures or prepared data set. [default: the last prepared]"),
@@ -105,5 +108,7 @@ OwnCheckpoint = Annotated[
     Path | None, _option("A model.safetensors. [default: the one that made the gallery]")
 ]
 Hits = Annotated[int, _option("How many pictures.", "--top-k", min=1)]
-Rerank = Annotated[bool, _option("Let ITM re-rank the best pictures.", "--rerank")]
+Rerank = Annotated[
+    bool, _option("Let ITM re-rank the best pictures; scan and vilt always do.", "--rerank")
+]
 Sheet = Annotated[Path | None, _option("Draw the result into this picture file.")]

@@ -11,6 +11,7 @@ from rich.console import Console
 from vicvlm_cli.evaluation.evaluate import Evaluation, EvaluationReport
 from vicvlm_cli.evaluation.recall import Recall, RetrievalMetrics
 from vicvlm_cli.gallery.results import EmbedResult, Hit, RetrieveResult
+from vicvlm_cli.model.vlm import PairScore
 from vicvlm_cli.report import tables
 
 
@@ -61,6 +62,20 @@ def test_without_reranking_there_is_one_table():
     text = shown(tables.evaluation_tables(report(reranked=False)))
     assert text.count("RSUM") == 1
     assert "ITM" not in text
+
+
+def test_a_score_that_stands_alone_has_its_own_name():
+    one = report()
+    own = PairScore("stacked cross attention", alone=True)
+    for top_k, among in ((128, "top 128"), (0, "all pairs")):
+        evaluation = replace(one.evaluation, pair_score=own, rerank_weight=1.0, top_k=top_k)
+        text = shown(tables.evaluation_tables(replace(one, evaluation=evaluation)))
+        assert "Shortlist alone (cosine of the features)" in text
+        assert f"Stacked cross attention ({among})" in text
+        assert "ITM" not in text and "Dual encoder" not in text
+    plain = replace(one, evaluation=evaluation).to_dict()
+    assert plain["pair_score"] == {"name": "stacked cross attention", "alone": True}
+    assert plain["rsum"] == plain["reranked"]["rsum"]  # what validations go by
 
 
 def test_evaluation_as_json():

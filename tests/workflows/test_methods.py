@@ -60,6 +60,15 @@ def test_a_method_from_pretraining_to_search(name: str, scenes: Path, tmp_path: 
     report = evaluate(tuned.checkpoint, scenes, top_k=4, progress=QUIET)
     assert (report.evaluation.reranked is None) == (of_pair is None)
     assert any("no matching head" in note for note in report.notes) == (of_pair is None)
+    if of_pair is None:
+        with pytest.raises(UsageError, match="compares all of them already: leave out --all-pairs"):
+            evaluate(tuned.checkpoint, scenes, all_pairs=True, progress=QUIET)
+    elif alone:
+        whole = evaluate(tuned.checkpoint, scenes, all_pairs=True, progress=QUIET)
+        longest = evaluate(tuned.checkpoint, scenes, top_k=10_000, progress=QUIET)
+        assert whole.evaluation.reranked == longest.evaluation.reranked
+        short = evaluate(tuned.checkpoint, scenes, top_k=0, progress=QUIET)
+        assert any(f"not that of {of_pair.name}: raise --top-k" in note for note in short.notes)
     gallery = embed(
         scenes, tuned.checkpoint, output=tmp_path / "g", split="test", progress=QUIET
     ).path

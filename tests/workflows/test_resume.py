@@ -148,6 +148,8 @@ def test_ctrl_c_waits_for_the_step_and_twice_does_not() -> None:
         ("albef", "pretrain.options.queue_size=20", "pretrain.options.alpha_steps=4"),
         ("albef", "pretrain.options.queue_size=0"),
         ("mamo",),
+        ("scan", "pretrain.options.mean_steps=6"),
+        ("vilt",),
         ("clip", "pretrain.losses.variance.weight=0.1", "pretrain.options.expander=8"),
     ],
     ids=lambda method: "-".join(method[:2]),

@@ -7,14 +7,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tiny_training import QUIET, Heard, equal, rows, run, weights
+from tiny_training import QUIET, TINY, Heard, equal, rows, run, weights
 from torch import Tensor
 
 from vicvlm_cli.checkpoint import load_model
 from vicvlm_cli.data.prepared import PreparedDataset
 from vicvlm_cli.evaluation.evaluate import evaluate_split
 from vicvlm_cli.workflows import session
-from vicvlm_cli.workflows.train import TrainResult, finetune
+from vicvlm_cli.workflows.train import TrainResult, finetune, pretrain
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
@@ -48,8 +48,8 @@ def scripted(rsums: list[float], patch: pytest.MonkeyPatch) -> list[dict[str, Te
             return real(model, *arguments, **options)
         one = SimpleNamespace(r1=0.0)
         dual = SimpleNamespace(rsum=rsums[len(seen) - 1], image_retrieval=one, text_retrieval=one)
-        row = {"dual": {"rsum": dual.rsum}, "reranked": None, "rerank_weight": 7.0}
-        return SimpleNamespace(dual=dual, to_dict=lambda: row)
+        row = {"rsum": dual.rsum, "reranked": None, "rerank_weight": 7.0}
+        return SimpleNamespace(dual=dual, own=dual, to_dict=lambda: row)
 
     patch.setattr(session, "evaluate_split", evaluate)
     return seen
@@ -106,3 +106,13 @@ def test_without_validation_data_the_last_weights_are_kept(
     assert any("has no val split: the last weights will be kept" in note for note in heard.notes)
     assert result.validation == [] and result.best is None
     assert load_model(result.checkpoint, device="cpu").info.rerank_weight == 0.0
+
+
+def test_a_score_that_stands_alone_is_what_validations_go_by(scenes: Path, tmp_path: Path) -> None:
+    tiny = [s for s in TINY if ".losses." not in s and ".options." not in s]
+    settings = [*tiny, "pretrain.objective=scan", "pretrain.validate_every=1", "pretrain.epochs=2"]
+    result = pretrain(scenes, overrides=settings, output=tmp_path / "run", progress=QUIET)
+    for row in result.validation:  # each of them, not the last alone
+        assert row["rsum"] == row["reranked"]["rsum"]
+        assert row["reranked"] != row["dual"]
+    assert result.best is max(result.validation, key=lambda row: row["reranked"]["rsum"])

@@ -42,6 +42,8 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "vsepp": ("vsepp", {"mean_steps": 0}, "none"),
     "vse0": ("vsepp", {}, "none"),
     "scan": ("scan", {"mean_steps": 0}, "stacked_attention"),
+    "vilt": ("vilt", {}, "single_stream"),
+    "vilt_ranking": ("vilt_ranking", {"negatives": 3}, "single_stream"),
     "mamo": ("mamo", {}, "concat"),
     "mamo-seed": ("mamo", {"variant": "seed"}, "concat"),
     "maskvlm": ("maskvlm", {"decoder_depth": 1}, "co_attention"),

@@ -10,6 +10,7 @@ import torch
 
 from vicvlm_cli.data.prepared import Split
 from vicvlm_cli.data.tokenizer import Tokenizer
+from vicvlm_cli.evaluation.all_pairs import evaluate_all_pairs
 from vicvlm_cli.evaluation.recall import RetrievalMetrics, evaluate_features
 from vicvlm_cli.evaluation.rerank import TOP_K, rerank
 from vicvlm_cli.evaluation.tokens import encode_split
@@ -104,6 +105,7 @@ def evaluate_split(
     device: torch.device,
     precision: str = "auto",
     top_k: int = TOP_K,
+    all_pairs: bool = False,
     rerank_weight: float | None = None,
     batch_size: int = IMAGE_BATCH,
     images: int | None = None,
@@ -116,6 +118,7 @@ def evaluate_split(
     Args:
         device: where `vlm` is.
         top_k: candidates a query to re-rank; 0 for the dual table only.
+        all_pairs: score every pair instead of a shortlist; it takes a `rerank_weight`.
         rerank_weight: what ITM counts in the combined score; None chooses it on this split
             (only for validation). Of no account where the pair score stands alone.
         images: evaluate the first so many images only.
@@ -126,7 +129,8 @@ def evaluate_split(
     own = vlm.pair_score
     if own is not None and own.alone:
         rerank_weight = 1.0
-    matching = top_k > 0 and own is not None
+    top_k = 0 if all_pairs else top_k
+    matching = (top_k > 0 or all_pairs) and own is not None
     # At weight 0 the candidates keep their order: the dual table is the re-ranked one.
     scoring = matching and rerank_weight != 0
     features = encode_split(
@@ -143,6 +147,12 @@ def evaluate_split(
     if not scoring:
         dual = evaluate_features(features.image, features.text, features.text_image)
         return Evaluation(dual, dual if matching else None, 0.0, top_k if matching else 0, own)
+    if all_pairs:
+        assert rerank_weight is not None
+        table = evaluate_all_pairs(
+            vlm, features, rerank_weight, precision=precision, progress=progress
+        )
+        return Evaluation(dual, table, rerank_weight, 0, own)
     scored = rerank(vlm, features, top_k=top_k, precision=precision, progress=progress)
     weight = scored.choose_weight() if rerank_weight is None else rerank_weight
     # At weight 0 the order is the dual encoder's, whose ranks were counted with the candidates.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 from torch import nn
@@ -12,12 +11,14 @@ from vicvlm_cli.errors import UserError
 from vicvlm_cli.model.fusion import FUSIONS
 from vicvlm_cli.model.image_encoder import resolve_image_encoder
 from vicvlm_cli.model.late_interaction import LateInteraction
+from vicvlm_cli.model.single_stream import SingleStream
 from vicvlm_cli.model.text_encoder import bert_config, load_bert, load_half
 from vicvlm_cli.model.vlm import VLM, RetrievalModel
 
 # The kinds of model by model.fusion; all other names are of one with two encoders.
-KINDS: dict[str, Callable[[ModelConfig, str], RetrievalModel]] = {
-    "stacked_attention": LateInteraction
+KINDS: dict[str, type[VLM] | type[SingleStream]] = {
+    "stacked_attention": LateInteraction,
+    "single_stream": SingleStream,
 }
 
 
@@ -47,7 +48,7 @@ def create_model(config: ModelConfig, vocab_size: int) -> RetrievalModel:
             f"model.text_width={config.text_width} is not a multiple of "
             f"model.text_heads={config.text_heads}"
         )
-    if not config.text_encoder:
+    if not config.text_encoder or not issubclass(KINDS.get(config.fusion, VLM), VLM):
         return build_model(resolved, weights)
     bert, text, fusion = load_bert(config.text_encoder, config.text_layers, config.fusion_layers)
     plain = bert_config(vocab_size=1, width=bert.hidden_size, heads=1, layers=1, dropout=0.0)

@@ -29,6 +29,7 @@ from vicvlm_cli.objectives.s_smke import SSMKE
 from vicvlm_cli.objectives.scan import SCAN
 from vicvlm_cli.objectives.vicreg import TERMS, WithVICReg
 from vicvlm_cli.objectives.vicvlm import VicVLM
+from vicvlm_cli.objectives.vilt import ViLT, ViLTRanking
 from vicvlm_cli.objectives.vsepp import VSEPP
 
 OBJECTIVES: dict[str, Any] = {
@@ -40,6 +41,8 @@ OBJECTIVES: dict[str, Any] = {
     "albef": ALBEF,
     "s_smke": SSMKE,
     "scan": SCAN,
+    "vilt": ViLT,
+    "vilt_ranking": ViLTRanking,
     "retrieval": Retrieval,
 }
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from vicvlm_cli.data.batches import Batch
 from vicvlm_cli.errors import UsageError
 from vicvlm_cli.model.fusion import Fused
-from vicvlm_cli.model.vlm import VLM, Encoded
+from vicvlm_cli.model.vlm import VLM, Encoded, RetrievalModel
 from vicvlm_cli.objectives import losses
 from vicvlm_cli.objectives.ranks import Noise, gather, gather_padded, rank
 
@@ -30,7 +30,7 @@ class Contrast(NamedTuple):
     text_features: Tensor
 
 
-def contrast(model: VLM, image: Encoded, text: Encoded, batch: Batch) -> Contrast:
+def contrast(model: RetrievalModel, image: Encoded, text: Encoded, batch: Batch) -> Contrast:
     """Symmetric InfoNCE over the batches of all processes, with the true gradient.
 
     Further captions that the batch has of its pictures are contrasted too. An image pass costs
@@ -105,6 +105,6 @@ def require_matching(model: VLM, objective: str) -> None:
 
 
 @torch.no_grad()
-def clamp_temperature(model: VLM, lowest: float = 0.01) -> None:
+def clamp_temperature(model: RetrievalModel, lowest: float = 0.01) -> None:
     """Keep the temperature at ``lowest`` or above (CLIP, arXiv 2103.00020, sec. 2.5)."""
     model.logit_scale.clamp_(max=-math.log(lowest))

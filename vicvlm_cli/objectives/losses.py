@@ -122,7 +122,7 @@ def itm(positive: Tensor, negative: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits, labels)
 
 
-def itm_base_rate(negatives: int) -> float:
+def itm_base_rate(negatives: float) -> float:
     """Entropy of always guessing the share of matches, with ``negatives`` for each match."""
     p = 1 / (1 + negatives)
     return -(p * math.log(p) + (1 - p) * math.log(1 - p))

@@ -12,6 +12,7 @@ from vicvlm_cli.errors import UsageError
 from vicvlm_cli.evaluation.evaluate import EvaluationReport, evaluate_split
 from vicvlm_cli.evaluation.rerank import TOP_K
 from vicvlm_cli.inference import IMAGE_BATCH, autocast_dtype
+from vicvlm_cli.model.vlm import PairScore
 from vicvlm_cli.report.progress import Progress
 
 
@@ -21,6 +22,7 @@ def evaluate(
     split: str | None = "test",
     *,
     top_k: int = TOP_K,
+    all_pairs: bool = False,
     batch_size: int = IMAGE_BATCH,
     rerank_weight: float | None = None,
     progress: Progress,
@@ -30,6 +32,7 @@ def evaluate(
     Args:
         split: None is "test".
         top_k: candidates a query; 0 for the features' table only.
+        all_pairs: score every pair in place of the top k candidates; the cost is said first.
         rerank_weight: what ITM counts beside the similarity; None is the checkpoint's, which was
             chosen on validation in training. Of no account where the pair score stands alone.
 
@@ -50,23 +53,16 @@ def evaluate(
     progress.say(f"computing on: {model.device.type}, {precision}")
     notes = _notes(dataset.manifest, part, model.info)
     own = model.vlm.pair_score
-    if own is None:
-        if top_k:
-            notes.append("the model has no matching head: there is no re-ranked table")
-    elif not top_k:
-        if own.alone:
-            notes.append(f"this is the shortlist's order, not that of {own.name}: raise --top-k")
-    elif own.alone:
-        progress.say(f"{own.name}: orders the top {top_k} of each query (--top-k to change)")
-    elif weight == 0:
-        notes.append(
-            "ITM has weight 0 (it gained nothing on validation): re-ranking changes nothing"
+    if all_pairs and own is None:
+        raise UsageError(
+            "this model scores a pair by its features alone, and compares all of them already: "
+            "leave out --all-pairs"
         )
-    else:
-        origin = "from the checkpoint" if rerank_weight is None else "as given"
-        progress.say(
-            f"re-ranking: the top {top_k} (--top-k to change), ITM weight {weight:g} {origin}"
-        )
+    origin = "from the checkpoint" if rerank_weight is None else "as given"
+    said, note = _approach(own, top_k, all_pairs, weight, origin)
+    if said:
+        progress.say(said)
+    notes += [note] if note else []
     evaluation = evaluate_split(
         model.vlm,
         model.tokenizer,
@@ -74,6 +70,7 @@ def evaluate(
         device=model.device,
         precision=model.precision,
         top_k=top_k,
+        all_pairs=all_pairs,
         rerank_weight=weight,
         batch_size=batch_size,
         progress=progress,
@@ -93,6 +90,30 @@ def evaluate(
         precision=precision,
         notes=notes,
     )
+
+
+def _approach(
+    own: PairScore | None, top_k: int, all_pairs: bool, weight: float, origin: str
+) -> tuple[str, str]:
+    """What to say of how pairs are scored, and what to note beside the figures; "": nothing."""
+    scored = all_pairs or top_k > 0
+    if own is None:
+        missing = "the model has no matching head: there is no re-ranked table"
+        return "", missing if scored else ""
+    if not scored:
+        order = f"this is the order of the shortlist and not that of {own.name}: raise --top-k"
+        return "", order if own.alone else ""
+    if weight == 0 and not own.alone:
+        return "", (
+            f"{own.name} has weight 0 (it gained nothing on validation): re-ranking changes nothing"
+        )
+    if all_pairs:  # which is announced with its cost
+        return "", ""
+    if own.alone:
+        return f"{own.name}: orders the top {top_k} of each query (--top-k to change)", ""
+    return (
+        f"re-ranking: the top {top_k} (--top-k to change), {own.name} weight {weight:g} {origin}"
+    ), ""
 
 
 def _notes(manifest: Manifest, split: Split, info: CheckpointInfo) -> list[str]:
