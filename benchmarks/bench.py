@@ -24,7 +24,9 @@ import torch
 import typer
 from rows import Row  # beside this file
 
-MODULES: dict[str, str] = {}  # name: module
+MODULES: dict[str, str] = {  # name: module
+    name: name for name in ("loader", "evaluate", "embed", "scaling")
+}
 
 
 def main(

@@ -22,7 +22,7 @@ from typing import Annotated, NamedTuple
 import typer
 from comparison import draw, final_table, read_runs, shared_table  # beside this file
 from flops import gflop_per_pair
-from runs import Run, Unfinished, advance, write_whole
+from trainings import Run, Unfinished, advance, write_whole
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 

@@ -21,7 +21,7 @@ from statistics import mean, stdev
 from typing import Annotated, Any
 
 import typer
-from runs import Run, Unfinished, advance
+from trainings import Run, Unfinished, advance
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
@@ -44,8 +44,9 @@ def without(*names: str) -> tuple[str, ...]:
 
 
 ALONE = without(*OTHERS)
+SMALL_STEPS = ("pretrain.batch_size=64", "pretrain.frozen_blocks=6")
 # A row's settings of pretraining, laid over the preset for photographs; all of the budget goes to
-# pretraining, ITC included, unless a row stands in TUNED.
+# pretraining.
 ROWS: dict[str, tuple[str, ...]] = {
     "itc": ALONE,
     **{
@@ -63,10 +64,10 @@ ROWS: dict[str, tuple[str, ...]] = {
     **{f"vicvlm-{name}": without(name) for name in ADDED},
     "vicvlm-vicreg": without(*VICREG),
     # Levers, on ITC alone: what holds for it holds for every method that has it.
-    "itc-batch-192": (*ALONE, "pretrain.batch_size=192"),
-    "itc-batch-32": (*ALONE, "pretrain.batch_size=32"),
-    **{f"itc-frozen-{n}": (*ALONE, f"pretrain.frozen_blocks={n}") for n in (0, 4, 9)},
-    "itc-batch-192-frozen-0": (*ALONE, "pretrain.batch_size=192", "pretrain.frozen_blocks=0"),
+    **{f"itc-batch-{n}": (*ALONE, f"pretrain.batch_size={n}") for n in (64, 96)},
+    **{f"itc-frozen-{n}": (*ALONE, f"pretrain.frozen_blocks={n}") for n in (3, 6)},
+    "itc-batch-64-frozen-6": (*ALONE, *SMALL_STEPS),
+    "vicvlm-batch-64-frozen-6": SMALL_STEPS,
     "itc-more-captions": (*ALONE, "data.more_captions=1"),
 }
 

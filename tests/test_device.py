@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,3 +48,31 @@ def test_the_best_device(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: bool(cuda))
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda mps=mps: bool(mps))
         assert device.best_device() == torch.device(expected)
+
+
+FAULTS = """
+import resource, sys, torch
+from vicvlm_cli.device import keep_freed_memory
+if sys.argv[1] == "keep":
+    assert keep_freed_memory()
+for turn in range(40):
+    if turn == 30:  # it has settled
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    blocks = [torch.ones(10 << 20) for _ in range(2)]  # 40 MiB each
+    del blocks
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_freed_memory_is_used_again_without_asking_the_kernel():
+    faults = {
+        how: int(subprocess.check_output([sys.executable, "-c", FAULTS, how], text=True))
+        for how in ("keep", "default")
+    }
+    assert faults["keep"] < 100 < faults["default"]
+
+
+def test_a_c_library_without_the_setting_is_left_alone(monkeypatch):
+    monkeypatch.setattr(device.ctypes, "CDLL", lambda _: object())
+    assert device.keep_freed_memory() is False

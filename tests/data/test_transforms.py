@@ -29,6 +29,15 @@ def test_shrinking_averages_fine_patterns() -> None:
     assert abs(small.astype(int) - 128).max() < 30  # without antialiasing: 0 or 255
 
 
+@pytest.mark.parametrize("shape", [(97, 130), (40, 31), (64, 200)])
+def test_resizing_is_pillows(shape: tuple[int, int]) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    image = Image.fromarray(noise)
+    slow = np.asarray(image.resize((48, 48), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    apart = abs(image_to_array(image, 48).astype(int) - slow)
+    assert apart.max() <= 2 and apart.mean() < 0.05
+
+
 def test_the_whole_picture_is_squashed_into_the_square() -> None:
     wide = np.zeros((40, 160, 3), dtype=np.uint8)
     wide[:, :20, 0] = wide[:, -20:, 1] = 255  # both ends of a wide picture

@@ -48,6 +48,7 @@ def test_all_pairs_are_a_shortlist_of_everything(fusion, tiny_data, monkeypatch)
 
     listed, whole = measured(top_k=60), measured(all_pairs=True)
     assert whole.reranked == listed.reranked != whole.dual
+    assert whole.dual == listed.dual == measured(top_k=0).dual  # of the cosines, in any case
     assert whole.top_k == 0 and whole.pair_score == vlm.pair_score
     assert any("12 pictures x 60 captions = 720 pairs, about 0." in note for note in heard.notes)
     few = measured(top_k=3)

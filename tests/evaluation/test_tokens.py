@@ -7,7 +7,6 @@ from vicvlm_cli.data.images import BadImage
 from vicvlm_cli.data.prepared import PreparedDataset, Split
 from vicvlm_cli.errors import UserError
 from vicvlm_cli.evaluation.tokens import TokenBank, encode_split
-from vicvlm_cli.model.vlm import Encoded
 from vicvlm_cli.report.progress import Progress
 
 
@@ -16,7 +15,7 @@ def test_a_bank_gives_back_real_tokens_in_any_order():
     tokens = torch.randn(4, 5, 2)
     mask = torch.arange(5) < torch.tensor([[2], [5], [3], [1]])
     for index in (torch.tensor([3, 1]), torch.tensor([0, 2])):
-        bank.add(index, Encoded(torch.empty(2, 0), tokens[index], mask[index]))
+        bank.add(index, tokens[index], mask[index])
     assert bank.lengths.tolist() == [2, 5, 3, 1]
     for index in ([2, 0, 2], [3], [1, 3]):
         got, got_mask = bank.gather(torch.tensor(index))
@@ -28,7 +27,8 @@ def test_a_bank_gives_back_real_tokens_in_any_order():
 def test_a_bank_of_unmasked_items_has_no_mask():
     bank = TokenBank(2, torch.device("cpu"), torch.bfloat16)
     tokens = torch.randn(2, 3, 4)
-    bank.add(torch.tensor([1, 0]), Encoded(torch.empty(2, 0), tokens, None))
+    bank.add(torch.tensor([1]), tokens[:1], None)
+    bank.add(torch.tensor([0]), tokens[1:], None)
     got, mask = bank.gather(torch.tensor([0, 1, 1]))
     assert mask is None
     assert torch.equal(got, tokens[[1, 0, 0]].bfloat16())

@@ -7,7 +7,7 @@ import torch
 from tiny import make_model
 
 from vicvlm_cli.model.fusion import CrossAttentionFusion
-from vicvlm_cli.model.many_captions import fuse_captions
+from vicvlm_cli.model.many_captions import begin_captions, fuse_captions
 
 
 @pytest.mark.parametrize("layers", [1, 3])
@@ -25,7 +25,8 @@ def test_it_equals_the_fusion_of_every_pair_alone(layers: int, masked: bool) -> 
     if image_mask is not None:
         image_mask[:, 0] = True
     with torch.inference_mode():
-        fused = fuse_captions(fusion, image, image_mask, text, mask)
+        begun = begin_captions(fusion, text.flatten(0, 1), mask.flatten(0, 1)).view_as(text)
+        fused = fuse_captions(fusion, image, image_mask, begun, mask)
         for i in range(pictures):
             for c in range(captions):
                 n = int(lengths[i, c])

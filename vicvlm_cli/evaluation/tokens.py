@@ -16,7 +16,7 @@ from vicvlm_cli.inference import (
     encode_image_batches,
     encode_text_batches,
 )
-from vicvlm_cli.model.vlm import Encoded, RetrievalModel
+from vicvlm_cli.model.vlm import RetrievalModel
 from vicvlm_cli.report.progress import Progress
 
 
@@ -36,21 +36,27 @@ class TokenBank:
         self._home = device
         self._masked = True
 
-    def add(self, index: Tensor, encoded: Encoded) -> None:
-        """Stores the rows of `encoded` as the items `index` [B]; each item once."""
-        tokens, mask = encoded.tokens, encoded.mask
+    def add(self, index: Tensor, tokens: Tensor, mask: Tensor | None) -> None:
+        """Stores tokens [B, L, D] at mask [B, L] as the items `index` [B]; each item once."""
         self._masked = mask is not None
-        if mask is None:
-            mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-        if not self._chunks and self.device.type == "cuda":
+        if not self._chunks:
             needed = tokens[0].numel() * self.dtype.itemsize * len(self.lengths)
-            fits = needed < torch.cuda.mem_get_info(self.device)[0] / 3
-            self._home = self.device if fits else torch.device("cpu")
-        lengths = mask.sum(1).cpu()
+            if self.device.type == "cuda":
+                fits = needed < torch.cuda.mem_get_info(self.device)[0] / 3
+                self._home = self.device if fits else torch.device("cpu")
+            if mask is None:  # all have as many: one place for all, or joining would double it
+                shape = (tokens.shape[1] * len(self.lengths), tokens.shape[2])
+                self._chunks = [torch.empty(shape, dtype=self.dtype, device=self._home)]
+        if mask is None:
+            lengths = torch.full((len(tokens),), tokens.shape[1])
+            real = tokens.flatten(0, 1).to(self._home, self.dtype)
+            self._chunks[0][self._filled : self._filled + len(real)] = real
+        else:
+            lengths = mask.sum(1).cpu()
+            self._chunks.append(tokens[mask].to(self._home, self.dtype))
         self.lengths[index] = lengths
         self._starts[index] = self._filled + lengths.cumsum(0) - lengths
         self._filled += int(lengths.sum())
-        self._chunks.append(tokens[mask].to(self._home, self.dtype))
 
     def gather(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
         """Tokens [B, L, D] of items `index` [B] and their mask [B, L] (None: no item has one)."""
@@ -122,7 +128,7 @@ def encode_split(
             index = torch.tensor(batch.rows)
             image[index] = batch.encoded.features.cpu()
             if image_tokens is not None:
-                image_tokens.add(index, batch.encoded)
+                image_tokens.add(index, batch.encoded.tokens, batch.encoded.mask)
             bar.advance(len(index))
     with progress.bar("encoding captions", len(texts), "captions") as bar:
         for index, encoded in encode_text_batches(
@@ -130,7 +136,7 @@ def encode_split(
         ):
             text[index] = encoded.features.cpu()
             if text_tokens is not None:
-                text_tokens.add(index, encoded)
+                text_tokens.add(index, encoded.tokens, encoded.mask)
             bar.advance(len(index))
     text_image = torch.arange(count).repeat_interleave(group_sizes)
     return SplitFeatures(image, text, text_image, image_tokens, text_tokens)

@@ -22,6 +22,7 @@ from vicvlm_cli.config import Config, ModelConfig
 from vicvlm_cli.data.batches import Plan
 from vicvlm_cli.data.prepared import PreparedDataset
 from vicvlm_cli.data.tokenizer import Tokenizer
+from vicvlm_cli.device import keep_freed_memory
 from vicvlm_cli.errors import UsageError, UserError
 from vicvlm_cli.model.create import build_model, create_model
 from vicvlm_cli.objectives import create_objective, recipe_of
@@ -182,6 +183,8 @@ def _resume(
 
 def _train(job: Job, accelerator: Accelerator, progress: Progress) -> TrainResult:
     config, data = job.train, with_workers(job.config.data, accelerator)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     split = job.dataset.split("train")
     plan = Plan(
         tuple(len(c) for c in split.captions),
