@@ -56,20 +56,19 @@ class StackedAttention(nn.Module):
         self.pool_scale = config.pool_scale or pool
 
     def attend(self, dots: Tensor, mask: Tensor) -> Tensor:
-        """Attention [..., N, L] from cosines [..., N, L] of patches and words (eq. 2 and 3).
+        """Attention from cosines of patches and words, both [B, N, ..., L] (eq. 2 and 3).
 
         The cosines are thresholded by a leaky ReLU and normalised over what attends, for each of
         what is attended to (``clipped_l2norm`` of the authors' code); then comes the softmax.
 
         Args:
-            mask: bool [..., 1, L], True at real words.
+            dots: 0 where there is no word.
+            mask: bool that broadcasts to ``dots``, True at real words.
         """
-        x = F.leaky_relu(dots, 0.1) * mask
-        if self.by_word:
-            x = x / (x.square().sum(-1, keepdim=True) + 1e-16).sqrt()
-            return (self.attention_scale * x).softmax(-2)
-        x = x / (x.square().sum(-2, keepdim=True) + 1e-16).sqrt()
-        return (self.attention_scale * x).masked_fill(~mask, float("-inf")).softmax(-1)
+        x = F.leaky_relu(dots, 0.1)
+        norm = (x.square().sum(-1 if self.by_word else 1, keepdim=True) + 1e-16).sqrt()
+        x = x * (self.attention_scale / norm)
+        return x.softmax(1) if self.by_word else x.masked_fill(~mask, float("-inf")).softmax(-1)
 
     def pool(self, cosine: Tensor, mask: Tensor) -> Tensor:
         """Scores [...] of the cosines [..., L] of words (``mask`` bool), or [..., N] of patches."""
@@ -81,6 +80,7 @@ class StackedAttention(nn.Module):
 
     def forward(self, image: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
         """Scores [B] of row i's picture [B, N, P] with row i's caption [B, L, P], unit vectors."""
+        text = text * text_mask[..., None]
         dots = image @ text.mT  # [B, N, L]
         attention = self.attend(dots, text_mask[:, None])
         if self.by_word:
@@ -92,33 +92,36 @@ class StackedAttention(nn.Module):
     def all_pairs(self, image: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
         """Scores [I, T] of all pictures [I, N, P] with all captions [T, L, P].
 
-        Captions go in chunks that are computed again for the gradient, so that memory does not
-        grow with I * T * N * L.
+        Captions of like length go in chunks that are computed again for the gradient, so that
+        memory does not grow with I * T * N * L.
         """
         (i, n, _), longest = image.shape, text.shape[1]
         size = max(1, CHUNK.get(image.device.type, CHUNK["cpu"]) // (i * n * longest))
-        parts = zip(text.split(size), text_mask.split(size), strict=True)
-        columns = [
-            checkpoint(self._chunk, image, words, mask, use_reentrant=False)
-            for words, mask in parts
-        ]
-        return torch.cat(columns, dim=1)
+        lengths = text_mask.sum(1)
+        order = lengths.argsort()
+        columns = []
+        for part in order.split(size):
+            length = int(lengths[part[-1]])
+            words, mask = text[part, :length], text_mask[part, :length]
+            columns.append(checkpoint(self._chunk, image, words, mask, use_reentrant=False))
+        return torch.cat(columns, dim=1)[:, order.argsort()]
 
     def _chunk(self, image: Tensor, text: Tensor, mask: Tensor) -> Tensor:
-        mask = mask[None]  # [1, T, L]
-        dots = torch.einsum("inp,tlp->itnl", image, text)
-        attention = self.attend(dots, mask[:, :, None])
+        text = text * mask[..., None]
+        # Patches stand before captions, so that no product or softmax needs a copy.
+        dots = (image @ text.flatten(0, 1).T).unflatten(-1, mask.shape)  # [I, N, T, L]
+        attention = self.attend(dots, mask)
         # The attended vectors themselves would take P / L times the memory of the attention. With
         # unit vectors only their length is wanted beside a sum of cosines, and the length of a
         # weighted sum is a quadratic form of the inner products of its vectors.
         if self.by_word:
-            seen = torch.einsum("inm,itml->itnl", image @ image.mT, attention)
-            along = -2
+            seen = (image @ image.mT @ attention.flatten(2)).view_as(dots)
         else:
-            seen = torch.einsum("itnm,tml->itnl", attention, text @ text.mT)
-            along = -1
+            seen = torch.einsum("intm,tml->intl", attention, text @ text.mT)
+        along = 1 if self.by_word else -1
         length = (attention * seen).sum(along).clamp(min=1e-12).sqrt()
-        return self.pool((attention * dots).sum(along) / length, mask)
+        cosine = (attention * dots).sum(along) / length  # [I, T, L], or [I, N, T]
+        return self.pool(cosine if self.by_word else cosine.mT, mask)
 
 
 class LateInteraction(VLM):
