@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import BertConfig
 
-from vicvlm_cli.model import text_encoder
-from vicvlm_cli.model.fusion import FUSIONS, CrossAttentionFusion, Fused, masked_mean
+from vicvlm_cli.model import attention as attention_parts
+from vicvlm_cli.model.fusion import FUSIONS, CrossAttentionFusion, Fused, Want, masked_mean
 from vicvlm_cli.model.text_encoder import bert_config
 
 CONFIG: BertConfig = bert_config(vocab_size=50, width=32, heads=2, layers=1, dropout=0.1)
@@ -20,7 +20,7 @@ IMAGE_WIDTH, PATCHES = 24, 6
 @pytest.fixture(params=["eager", "sdpa"])
 def attention(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     kind: str = request.param
-    monkeypatch.setattr(text_encoder, "attention_kind", lambda: kind)
+    monkeypatch.setattr(attention_parts, "prefers_fused", lambda _: kind == "sdpa")
     return kind
 
 
@@ -106,9 +106,8 @@ def test_words_see_those_after_them(attention: str) -> None:
 def test_both_attentions_agree(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     outputs = []
     for kind in ("eager", "sdpa"):
-        monkeypatch.setattr(text_encoder, "attention_kind", lambda kind=kind: kind)
+        monkeypatch.setattr(attention_parts, "prefers_fused", lambda _, kind=kind: kind == "sdpa")
         fusion = make(name)
-        assert fusion.bert.config._attn_implementation == kind
         image, text, mask = tokens()
         outputs.append(fusion(image, None, text, mask))
     torch.testing.assert_close(outputs[0].pooled, outputs[1].pooled, rtol=1e-4, atol=1e-5)
@@ -167,3 +166,58 @@ def test_the_masked_mean() -> None:
     mean = masked_mean(x, mask)
     torch.testing.assert_close(mean[0], (x[0, 0] + x[0, 2]) / 2)
     assert not mean[1].any()  # nothing real: zero, not NaN
+
+
+@pytest.mark.parametrize("name", FUSIONS)
+def test_a_picture_once_for_many_captions(name: str, attention: str) -> None:
+    fusion = make(name)
+    image, text, mask = tokens()
+    real = torch.arange(1 + PATCHES)[None] < torch.tensor([7, 3, 1])[:, None]
+    of = torch.tensor([2, 0, 0])
+    results = []
+    for once in (True, False):
+        leaf = image.clone().requires_grad_()
+        fusion.zero_grad()
+        fused: Fused = (
+            fusion(leaf, real, text, mask, of=of)
+            if once
+            else fusion(leaf[of], real[of], text, mask)
+        )
+        (fused.pooled.square().sum() + fused.text[mask].square().sum()).backward()
+        gradients = [p.grad for p in fusion.parameters() if p.grad is not None]
+        results.append([fused.pooled, fused.text[mask], leaf.grad, *gradients])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layers", [0, 2])
+@pytest.mark.parametrize("want", ["pooled", "text", "image"])
+@pytest.mark.parametrize("name", FUSIONS)
+def test_what_is_wanted_is_what_all_would_be(
+    name: str, want: Want, layers: int, attention: str
+) -> None:
+    fusion = make(name, layers)
+    results = []
+    for wanted in (want, "all"):
+        image, text, mask = tokens()
+        image.requires_grad_()
+        fusion.zero_grad()
+        fused: Fused = fusion(image, None, text, mask, want=wanted)
+        outputs = [fused.pooled]
+        if want == "text":
+            outputs.append(fused.text[mask])
+        if want == "image" and fused.image is not None:
+            outputs.append(fused.image)
+        torch.stack([x.square().sum() for x in outputs]).sum().backward()
+        gradients = [p.grad for p in fusion.parameters() if p.grad is not None]
+        results.append([*outputs, image.grad, *gradients])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_concat_computes_no_output_that_is_not_wanted() -> None:
+    image, text, mask = tokens()
+    for want, words, patches in (("pooled", 0, 0), ("text", 5, 0), ("image", 0, 1 + PATCHES)):
+        fused: Fused = make("concat")(image, None, text, mask, want=want)
+        assert fused.image is not None
+        assert (fused.text.shape[1], fused.image.shape[1]) == (words, patches)

@@ -94,13 +94,9 @@ def test_matching_equals_scoring_every_pair_alone(fusion: str, number: int) -> N
         if slow:
             loss = slow_match(model, image, text, contrasted.similarity, batch.image_id, number)
         else:
-            loss, fused = match(model, image, text, contrasted, Noise(3, 5, CPU), number)
+            loss, pooled = match(model, image, text, contrasted, Noise(3, 5, CPU), number)
             matched = model.fuse(image.tokens, None, text.tokens, batch.attention_mask)
-            torch.testing.assert_close(fused.pooled, matched.pooled, rtol=1e-4, atol=1e-5)
-            real = batch.attention_mask
-            assert fused.text.shape == matched.text.shape
-            torch.testing.assert_close(fused.text[real], matched.text[real], rtol=1e-4, atol=1e-5)
-            assert (fused.image is None) == (matched.image is None)
+            torch.testing.assert_close(pooled, matched.pooled, rtol=1e-4, atol=1e-5)
         loss.backward()
         values.append(loss.detach())
         gradients.append({k: p.grad for k, p in model.named_parameters() if p.grad is not None})

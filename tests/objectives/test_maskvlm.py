@@ -146,7 +146,7 @@ def test_what_is_off_is_not_computed() -> None:
         "pictures": watch(model.image_encoder),
         "captions": watch(model.text_encoder),
         "image stream": watch(model.fusion.image_stream),
-        "text stream": watch(model.fusion.bert.encoder),
+        "text stream": watch(model.fusion.bert.embeddings),
         "decoder": watch(objective.mim_head),
     }
     expected = {  # one call is that of the clean pair

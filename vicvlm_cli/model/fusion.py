@@ -1,24 +1,30 @@
 """Fusion encoders: image tokens and text tokens into multimodal ones.
 
-Each is a module with ``forward(image, image_mask, text, text_mask) -> Fused`` and an entry in
-``FUSIONS``. All run over transformers' BERT, given embeddings in place of ids, so that the last
-layers of a pretrained BERT can be loaded into them. Padding cannot change any output.
+Each is a module with an entry in ``FUSIONS``, where what they take and give is told. All run over
+transformers' BERT, given embeddings in place of ids, so that the last layers of a pretrained BERT
+can be loaded into them. Padding cannot change any output.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import BertConfig
 
+from vicvlm_cli.model.attention import contexts_of, cross_encode, encode
 from vicvlm_cli.model.lengths import by_length
 from vicvlm_cli.model.text_encoder import make_bert
 
+Want = Literal["all", "image", "text", "pooled"]
+
 
 class Fused(NamedTuple):
-    """Multimodal tokens: ``pooled`` [B, D], ``text`` [B, L, D], ``image`` [B, N, D] or None."""
+    """Multimodal tokens: ``pooled`` [B, D], ``text`` [B, L, D], ``image`` [B, N, D] or None.
+
+    Tokens that were not wanted may be left out: L or N is then 0.
+    """
 
     pooled: Tensor
     text: Tensor
@@ -31,12 +37,6 @@ def masked_mean(tokens: Tensor, mask: Tensor | None) -> Tensor:
         return tokens.mean(dim=1)
     weight = mask.unsqueeze(-1).to(tokens.dtype)
     return (tokens * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
-
-
-def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Bool [B, N] (True = real) to what attention adds to its scores, [B, 1, 1, N]."""
-    zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-    return zeros.masked_fill(~mask, torch.finfo(dtype).min)[:, None, None, :]
 
 
 def _bert(config: BertConfig, layers: int, positions: int, cross_attention: bool) -> nn.Module:
@@ -57,34 +57,27 @@ def _bert(config: BertConfig, layers: int, positions: int, cross_attention: bool
     return bert
 
 
-def _attend(
-    layers: Any, tokens: Tensor, mask: Tensor | None, context: Tensor, context_mask: Tensor | None
-) -> Tensor:
-    """Tokens [B, N, D] through layers that attend to them and to ``context`` [B, M, D]."""
-    # The layers alone: the whole BertModel would mask the future, as in a decoder, and its releases
-    # do not agree on which ready-made masks they take instead. The layers do so too without a mask.
-    if mask is None:
-        mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-    out: Tensor = layers(
-        tokens,
-        attention_mask=_additive(mask, tokens.dtype),
-        encoder_hidden_states=context,
-        encoder_attention_mask=(
-            None if context_mask is None else _additive(context_mask, tokens.dtype)
-        ),
-    ).last_hidden_state
-    return out
-
-
 def _attend_text(
-    bert: Any, text: Tensor, text_mask: Tensor, image: Tensor, image_mask: Tensor | None
+    bert: Any,
+    text: Tensor,
+    text_mask: Tensor,
+    image: Tensor,
+    image_mask: Tensor | None,
+    of: Tensor | None,
 ) -> Tensor:
-    """Words [B, L, D] through a BERT whose layers attend to image tokens [B, N, D] too."""
+    """Words [B, L, D] through a BERT whose layers attend to image tokens [G, N, D] too.
+
+    ``of``: long [B], the picture of each row; None: row by row.
+    """
+    layers = bert.encoder.layer
+    contexts = contexts_of(layers, image)  # once a picture, whatever its captions
 
     def run(rows: Tensor, length: int) -> Tensor:
         words = bert.embeddings(inputs_embeds=text[rows, :length])
-        seen = None if image_mask is None else image_mask[rows]
-        return _attend(bert.encoder, words, text_mask[rows, :length], image[rows], seen)
+        pictures = rows if of is None else of[rows]
+        seen = None if image_mask is None else image_mask[pictures]
+        own = [context.rows(pictures) for context in contexts]
+        return cross_encode(layers, words, text_mask[rows, :length], own, seen)
 
     return by_length(text_mask, run)
 
@@ -108,8 +101,8 @@ class CrossAttentionLayers(nn.Module):
 
         The context goes to all layers as it is.
         """
-        tokens = self.dropout(self.norm(tokens))
-        return _attend(self.encoder, tokens, mask, context, context_mask)
+        tokens, layers = self.dropout(self.norm(tokens)), self.encoder.layer
+        return cross_encode(layers, tokens, mask, contexts_of(layers, context), context_mask)
 
 
 class ConcatFusion(nn.Module):
@@ -128,26 +121,38 @@ class ConcatFusion(nn.Module):
         self.cls_token = nn.Parameter(torch.randn(1, 1, config.hidden_size) * 0.02)
 
     def forward(
-        self, image: Tensor, image_mask: Tensor | None, text: Tensor, text_mask: Tensor
+        self,
+        image: Tensor,
+        image_mask: Tensor | None,
+        text: Tensor,
+        text_mask: Tensor,
+        of: Tensor | None = None,
+        want: Want = "all",
     ) -> Fused:
-        """Image [B, N, D_i], text [B, L, D] and bool masks (True = real) to :class:`Fused`."""
-        b, n, length = image.shape[0], image.shape[1], text.shape[1]
+        """As told at :data:`FUSIONS`."""
+        patches = self.image_projection(image)
+        if of is not None:
+            patches = patches.index_select(0, of)
+            image_mask = None if image_mask is None else image_mask[of]
+        b, n, length = len(text), patches.shape[1], text.shape[1]
         device = text.device
-        tokens = torch.cat(
-            [self.cls_token.expand(b, -1, -1), self.image_projection(image), text], dim=1
-        )  # [B, 1 + N + L, D]
+        tokens = torch.cat([self.cls_token.expand(b, -1, -1), patches, text], dim=1)
         if image_mask is None:
             image_mask = torch.ones(b, n, dtype=torch.bool, device=device)
         mask = torch.cat([image_mask.new_ones(b, 1), image_mask, text_mask], dim=1)
         counts = [torch.arange(m, device=device) for m in (1 + n, length)]
         kinds = [torch.ones(1 + n, device=device), torch.zeros(length, device=device)]
-        out = self.bert(
-            inputs_embeds=tokens,
-            attention_mask=mask,
+        bert: Any = self.bert
+        tokens = bert.embeddings(
+            inputs_embeds=tokens,  # [B, 1 + N + L, D]
             position_ids=torch.cat(counts).unsqueeze(0),
             token_type_ids=torch.cat(kinds).long().expand(b, -1),
-        ).last_hidden_state
-        return Fused(pooled=out[:, 0], text=out[:, 1 + n :], image=out[:, 1 : 1 + n])
+        )
+        images, words = n * (want in ("all", "image")), length * (want in ("all", "text"))
+        places = torch.arange(1 + n + length, device=device)
+        wanted = torch.cat([places[: 1 + images], places[1 + n : 1 + n + words]])
+        out = encode(bert.encoder.layer, tokens, mask, None if want == "all" else wanted)
+        return Fused(pooled=out[:, 0], text=out[:, 1 + images :], image=out[:, 1 : 1 + images])
 
 
 class CrossAttentionFusion(nn.Module):
@@ -165,10 +170,16 @@ class CrossAttentionFusion(nn.Module):
         self.image_projection = nn.Linear(image_width, config.hidden_size)
 
     def forward(
-        self, image: Tensor, image_mask: Tensor | None, text: Tensor, text_mask: Tensor
+        self,
+        image: Tensor,
+        image_mask: Tensor | None,
+        text: Tensor,
+        text_mask: Tensor,
+        of: Tensor | None = None,
+        want: Want = "all",
     ) -> Fused:
-        """Image [B, N, D_i], text [B, L, D] and bool masks (True = real) to :class:`Fused`."""
-        out = _attend_text(self.bert, text, text_mask, self.image_projection(image), image_mask)
+        """As told at :data:`FUSIONS`; the words are needed for the pooled feature anyway."""
+        out = _attend_text(self.bert, text, text_mask, self.image_projection(image), image_mask, of)
         return Fused(pooled=masked_mean(out, text_mask), text=out, image=None)
 
 
@@ -196,25 +207,27 @@ class CoAttentionFusion(nn.Module):
         self, image: Tensor, image_mask: Tensor | None, text: Tensor, text_mask: Tensor
     ) -> Tensor:
         """The text stream alone, [B, L, D]: a fraction of the cost where only words are read."""
-        return self._text_stream(self.image_projection(image), image_mask, text, text_mask)
+        patches = self.image_projection(image)
+        return _attend_text(self.bert, text, text_mask, patches, image_mask, None)
 
     def forward(
-        self, image: Tensor, image_mask: Tensor | None, text: Tensor, text_mask: Tensor
+        self,
+        image: Tensor,
+        image_mask: Tensor | None,
+        text: Tensor,
+        text_mask: Tensor,
+        of: Tensor | None = None,
+        want: Want = "all",
     ) -> Fused:
-        """Image [B, N, D_i], text [B, L, D] and bool masks (True = real) to :class:`Fused`.
-
-        The first token of each modality is its class token.
-        """
+        """As told at :data:`FUSIONS`. The first token of each modality is its class token."""
         patches = self.image_projection(image)
-        words = self._text_stream(patches, image_mask, text, text_mask)
+        words = _attend_text(self.bert, text, text_mask, patches, image_mask, of)
+        if of is not None:
+            patches = patches.index_select(0, of)
+            image_mask = None if image_mask is None else image_mask[of]
         seen = self.image_stream(patches, image_mask, text, text_mask)
         pooled = self.pool(torch.cat([seen[:, 0], words[:, 0]], dim=1))
         return Fused(pooled=pooled, text=words, image=seen)
-
-    def _text_stream(
-        self, patches: Tensor, image_mask: Tensor | None, text: Tensor, text_mask: Tensor
-    ) -> Tensor:
-        return _attend_text(self.bert, text, text_mask, patches, image_mask)
 
 
 FUSIONS = {
@@ -222,3 +235,14 @@ FUSIONS = {
     "cross_attention": CrossAttentionFusion,
     "co_attention": CoAttentionFusion,
 }
+"""The fusion encoders by name: ``forward(image, image_mask, text, text_mask, of, want)``.
+
+Args:
+    image: tokens [G, N, D_i] of G pictures; ``image_mask`` bool [G, N], True = real, None: all.
+    text: tokens [B, L, D], with bool ``text_mask`` [B, L].
+    of: long [B], the picture that each caption is fused with; None: row by row, G = B.
+    want: which outputs are read beside the pooled ones; what only others need is not computed.
+
+Returns:
+    :class:`Fused`.
+"""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import BertConfig
 
 from vicvlm_cli.config import ModelConfig
-from vicvlm_cli.model.fusion import FUSIONS, Fused, masked_mean
+from vicvlm_cli.model.fusion import FUSIONS, Fused, Want, masked_mean
 from vicvlm_cli.model.image_encoder import ImageEncoder
 from vicvlm_cli.model.shared import SharedBlock
 from vicvlm_cli.model.text_encoder import TextEncoder, bert_config
@@ -172,19 +172,26 @@ class VLM(RetrievalModel):
         return Encoded(features, tokens, mask, attended[:, 0])
 
     def fuse(
-        self, image: Tensor, image_mask: Tensor | None, text: Tensor, text_mask: Tensor
+        self,
+        image: Tensor,
+        image_mask: Tensor | None,
+        text: Tensor,
+        text_mask: Tensor,
+        of: Tensor | None = None,
+        want: Want = "all",
     ) -> Fused:
-        """Run the fusion encoder over image tokens [B, N, D_i] and text tokens [B, L, D].
+        """Run the fusion encoder over image tokens [G, N, D_i] and text tokens [B, L, D].
 
-        Only for models that have one (``can_match``).
+        Only for models that have one (``can_match``). ``of`` and ``want``, and all else, are those
+        of :data:`~vicvlm_cli.model.fusion.FUSIONS`.
         """
         assert self.fusion is not None
-        return self.fusion(image, image_mask, text, text_mask)
+        return self.fusion(image, image_mask, text, text_mask, of, want)
 
     def match(self, image: Encoded, text: Encoded) -> Tensor:
         """Log-odds [B] that picture and caption of each row belong together."""
         assert text.mask is not None
-        fused = self.fuse(image.tokens, image.mask, text.tokens, text.mask)
+        fused = self.fuse(image.tokens, image.mask, text.tokens, text.mask, want="pooled")
         return self.match_fused(fused, image.features, text.features)
 
     def match_fused(self, fused: Fused, image_features: Tensor, text_features: Tensor) -> Tensor:

@@ -201,6 +201,6 @@ def _read(
     model: VLM, head: MLMHead, image: Encoded, ids: Tensor, mask: Tensor, hidden: Tensor
 ) -> Tensor:
     """Logits [M, vocab_size] at the ``hidden`` positions, bool [B, L], of captions [B, L]."""
-    fused = model.fuse(image.tokens, None, model.text_encoder(ids, mask), mask)
+    fused = model.fuse(image.tokens, None, model.text_encoder(ids, mask), mask, want="text")
     logits: Tensor = head(fused.text[hidden], model.text_encoder.word_embeddings)
     return logits

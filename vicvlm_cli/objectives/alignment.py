@@ -10,10 +10,9 @@ from torch import Tensor
 
 from vicvlm_cli.data.batches import Batch
 from vicvlm_cli.errors import UsageError
-from vicvlm_cli.model.fusion import Fused
 from vicvlm_cli.model.vlm import VLM, Encoded, RetrievalModel
 from vicvlm_cli.objectives import losses
-from vicvlm_cli.objectives.ranks import Noise, gather, gather_padded, rank
+from vicvlm_cli.objectives.ranks import Noise, gather, gather_padded, rank, world_size
 
 
 class Contrast(NamedTuple):
@@ -53,11 +52,11 @@ def contrast(model: RetrievalModel, image: Encoded, text: Encoded, batch: Batch)
 
 def match(
     model: VLM, image: Encoded, text: Encoded, contrasted: Contrast, noise: Noise, number: int
-) -> tuple[Tensor, Fused]:
+) -> tuple[Tensor, Tensor]:
     """Image-text matching with ``number`` hard negatives each way from the global batch.
 
     Returns:
-        The loss, and the fused tokens of the matched pairs.
+        The loss, and the pooled feature [B, D] of the matched pairs.
     """
     assert text.mask is not None
     rows = len(image.tokens)
@@ -73,22 +72,23 @@ def match(
     again = own.repeat_interleave(number)
     images = torch.cat([own, again, wrong_image.flatten()])
     texts = torch.cat([own, wrong_text.flatten(), again])
+    pictures, of = gather(image.tokens), images
+    if world_size() > 1:  # most of the global batch may not be among them
+        used, of = images.unique(return_inverse=True)
+        pictures = pictures[used]
     fused = model.fuse(
-        gather(image.tokens)[images],
+        pictures,
         None,
         gather_padded(text.tokens)[texts],
         gather_padded(text.mask)[texts],
+        of=of,
+        want="pooled",
     )
     logits = model.match_fused(
         fused, contrasted.image_features[images], contrasted.text_features[texts]
     )
     loss = losses.itm(logits[:rows], logits[rows:])
-    positive = Fused(
-        fused.pooled[:rows],
-        fused.text[:rows, : text.tokens.shape[1]],
-        None if fused.image is None else fused.image[:rows],
-    )
-    return loss, positive
+    return loss, fused.pooled[:rows]
 
 
 def require_matching(model: VLM, objective: str) -> None:

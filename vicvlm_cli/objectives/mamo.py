@@ -176,7 +176,7 @@ class MAMO(nn.Module):
         else:
             tokens = encoder(pixels, hidden=hidden, mask_token=self.mask_token)
         assert text.mask is not None
-        fused = self.model.fuse(tokens, None, text.tokens, text.mask)
+        fused = self.model.fuse(tokens, None, text.tokens, text.mask, want="image")
         assert fused.image is not None
         return masked, _at(fused.image[:, encoder.prefix :], masked)
 
@@ -200,7 +200,8 @@ class MAMO(nn.Module):
         tokens = self.model.text_encoder(hidden_ids, batch.attention_mask)
         if unimodal and not multimodal:
             return hidden, tokens, None
-        words = self.model.fuse(image.tokens, None, tokens, batch.attention_mask).text
+        mask = batch.attention_mask
+        words = self.model.fuse(image.tokens, None, tokens, mask, want="text").text
         return hidden, tokens if unimodal else words, words
 
     def _mim(self, patches: Tensor, visual: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from vicvlm_cli.data.batches import Batch
 from vicvlm_cli.data.tokenizer import Tokenizer
 from vicvlm_cli.errors import UsageError
-from vicvlm_cli.model.fusion import Fused
 from vicvlm_cli.model.vlm import VLM, Encoded
 from vicvlm_cli.objectives import losses
 from vicvlm_cli.objectives.alignment import clamp_temperature, contrast, match, require_matching
@@ -128,7 +127,7 @@ class VicVLM(nn.Module):
         contrasted = contrast(model, image, text, batch)
         values = {"itc": contrasted.loss}
         trivial = {"itc": contrasted.trivial}
-        clean: Fused | None = None
+        clean: Tensor | None = None
         if "itm" in active:
             values["itm"], clean = match(model, image, text, contrasted, noise, number)
             trivial["itm"] = torch.tensor(losses.itm_base_rate(2 * number))
@@ -143,9 +142,11 @@ class VicVLM(nn.Module):
         pooled: dict[str, Tensor] = {}
         if vicreg:
             pooled["clean"] = (
-                clean.pooled[rows]
+                clean[rows]
                 if clean is not None
-                else model.fuse(image.tokens, None, text.tokens, batch.attention_mask).pooled
+                else model.fuse(
+                    image.tokens, None, text.tokens, batch.attention_mask, want="pooled"
+                ).pooled
             )
         if vicreg or "mim" in active or "joint_mim" in active:
             masked = self._mask_image(batch, noise)
@@ -201,7 +202,7 @@ class VicVLM(nn.Module):
         prefix = self.model.image_encoder.prefix
         if isinstance(self.joint_head, JointPatchHead):
             tokens = self.joint_head.insert(masked.tokens, prefix, masked.keep, masked.masked)
-            fused = self.model.fuse(tokens, None, text.tokens, text.mask)
+            fused = self.model.fuse(tokens, None, text.tokens, text.mask, want="image")
             assert fused.image is not None
             return self.joint_head(fused.image, masked.masked.shape[1]), fused.pooled
         fused = self.model.fuse(masked.tokens, None, text.tokens, text.mask)
@@ -225,7 +226,8 @@ class VicVLM(nn.Module):
             mask_id=self.mask_id,
         )
         text = self.model.encode_text(ids, batch.attention_mask)
-        fused = self.model.fuse(image.tokens, None, text.tokens, batch.attention_mask)
+        mask = batch.attention_mask
+        fused = self.model.fuse(image.tokens, None, text.tokens, mask, want="text")
         loss, guess = word_loss(
             self.mlm_head,
             fused.text[hidden],
