@@ -53,6 +53,8 @@ def test_all_pairs_are_a_shortlist_of_everything(fusion, tiny_data, monkeypatch)
     assert any("12 pictures x 60 captions = 720 pairs, about 0." in note for note in heard.notes)
     few = measured(top_k=3)
     assert few.reranked != whole.reranked
+    said = [note for note in heard.notes if note.startswith("shortlist: the top 3 hold a match")]
+    assert len(said) == (fusion != "concat")
     assert few.own == (few.dual if fusion == "concat" else few.reranked)
 
 

@@ -84,6 +84,16 @@ def problem_with_helpful_itm():
     return image, text, of, images, texts
 
 
+def test_the_reach_is_what_a_perfect_score_would_recall():
+    image, text, of, images, texts = problem_with_helpful_itm()
+    right = oracle_logits(images.index, of, torch.arange(40))
+    also = oracle_logits(texts.index, torch.arange(40), of)
+    perfect = Reranking(images, texts, right, also, scale=0.0)
+    table = perfect.metrics(1.0)
+    expected = (table.image_retrieval.r1, table.text_retrieval.r1)
+    assert perfect.reach == pytest.approx(expected) and min(expected) < 100
+
+
 def test_the_chosen_weight_is_the_smallest_of_the_best():
     image, text, of, images, texts = problem_with_helpful_itm()
     dual = evaluate_features(image, text, of)

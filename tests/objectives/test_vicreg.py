@@ -30,7 +30,8 @@ def make(name: str = "clip", **options: Any) -> Any:
     return create_objective(make_model(fusion=fusion), make_tokenizer(), config)
 
 
-@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "vicvlm"])
+# VicVLM has the terms itself; SCAN has no one vector a picture, and refuses them.
+@pytest.mark.parametrize("name", [n for n in OBJECTIVES if n not in ("vicvlm", "scan")])
 def test_the_terms_stand_beside_every_objective(name: str) -> None:
     objective = make(name).eval()
     assert isinstance(objective, WithVICReg)

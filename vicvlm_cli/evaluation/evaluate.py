@@ -155,5 +155,11 @@ def evaluate_split(
         )
         return Evaluation(dual, table, rerank_weight, 0, own)
     scored = rerank(vlm, features, top_k=top_k, precision=precision, progress=progress)
+    if own is not None and own.alone:
+        texts, pictures = scored.reach
+        progress.say(
+            f"shortlist: the top {top_k} hold a match for {texts:.1f} % of captions and "
+            f"{pictures:.1f} % of pictures"
+        )
     weight = scored.choose_weight() if rerank_weight is None else rerank_weight
     return Evaluation(scored.dual, scored.metrics(weight), weight, top_k, own)

@@ -162,6 +162,12 @@ class Reranking:
             self.texts.ranks(self.text_logit, self.scale, weight),
         )
 
+    @property
+    def reach(self) -> tuple[float, float]:
+        """Percent of texts and of images with a match among their candidates: no recall is more."""
+        first, second = (100 * x.positive.any(1).double().mean() for x in (self.images, self.texts))
+        return first.item(), second.item()
+
     def choose_weight(self, grid: tuple[float, ...] = WEIGHTS) -> float:
         """The weight of highest RSUM on these data that lowers neither R@1; of equals the smallest.
 
