@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import BertConfig
 
 from vicvlm_cli.model.attention import contexts_of, cross_encode, encode
+from vicvlm_cli.model.dropout import Dropout
 from vicvlm_cli.model.lengths import by_length
 from vicvlm_cli.model.text_encoder import make_bert
 
@@ -91,7 +92,7 @@ class CrossAttentionLayers(nn.Module):
     def __init__(self, config: BertConfig, layers: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
         self.encoder: Any = _bert(config, layers, 0, cross_attention=True).encoder
 
     def forward(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, BertConfig, BertModel
 
 from vicvlm_cli.errors import UserError
+from vicvlm_cli.model.dropout import replace_dropout
 from vicvlm_cli.model.lengths import by_length
 
 
@@ -34,9 +35,11 @@ def bert_config(
 
 
 def make_bert(config: BertConfig) -> BertModel:
-    """A BertModel without pooler whose attention suits this machine."""
+    """A BertModel without pooler whose attention and dropout suit this machine."""
     config._attn_implementation = attention_kind()
-    return BertModel(config, add_pooling_layer=False)
+    bert = BertModel(config, add_pooling_layer=False)
+    replace_dropout(bert)
+    return bert
 
 
 class TextEncoder(nn.Module):
