@@ -5,9 +5,9 @@
 
 A run is a `vicvlm pretrain`, `finetune` and `evaluate`, kept as one JSON file; what is there is not
 run again, and with `--piece 9` no call takes longer than about nine minutes, and the same call goes
-on. Time is a training's own CPU time on one thread, without its validations, so that
-several run side by side and a busy machine changes nothing. Validations along the way give recall
-against time and against pairs from one and the same run.
+on. Time is a training's own CPU time on one thread, without its validations, so that several run
+side by side and a busy machine changes little. Validations along the way give recall against time
+and against pairs from one and the same run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from typing import Annotated, NamedTuple
 
 import typer
 from comparison import draw, final_table, read_runs, shared_table  # beside this file
-from flops import gflop_per_pair
 from trainings import Run, Unfinished, advance, write_whole
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
@@ -84,6 +83,8 @@ def run(
     piece: Annotated[float, typer.Option(help="Minutes of this call; 0: to the end.")] = 0.0,
 ) -> None:
     """Train, fine-tune, evaluate and count the operations of what has not been done yet."""
+    from flops import gflop_per_pair  # imports torch, which a report does without
+
     until = time.monotonic() + 60 * piece if piece else math.inf
     names = methods.split(",")
     if unknown := [name for name in names if name not in METHODS]:

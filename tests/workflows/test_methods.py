@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny import teacher_weights
-from tiny_training import QUIET, TINY
+from tiny_training import QUIET, TINY, Heard
 
 from vicvlm_cli.checkpoint import load_model
 from vicvlm_cli.errors import UsageError
@@ -86,5 +86,7 @@ def test_a_method_from_pretraining_to_search(name: str, scenes: Path, tmp_path: 
     else:
         with pytest.raises(UsageError, match="this model has no matching head"):
             retrieve(gallery, "a red circle", rerank=True, progress=QUIET)
-    alike = retrieve(gallery, image=make_picture(tmp_path), rerank=False, top_k=3, progress=QUIET)
+    heard = Heard()
+    alike = retrieve(gallery, image=make_picture(tmp_path), top_k=3, progress=heard)
     assert not alike.reranked and len(alike.hits) == 3
+    assert any("is of words with pictures" in note for note in heard.notes) == alone

@@ -60,8 +60,13 @@ def retrieve(
     stored = Gallery.open(gallery)
     model = _model_of(stored, gallery, checkpoint, progress)
     own = model.vlm.pair_score
-    if own is not None and own.alone and query is not None:
-        rerank = True
+    if own is not None and own.alone:
+        rerank = query is not None
+        if image is not None:
+            progress.say(
+                f"note: {own.name} is of words with pictures: pictures like this one are in the "
+                "order of the shortlist's vectors"
+            )
     if rerank and own is None:
         raise UsageError("this model has no matching head: leave out --rerank")
     text = query or ""
