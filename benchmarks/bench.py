@@ -25,7 +25,7 @@ import typer
 from rows import Row  # beside this file
 
 MODULES: dict[str, str] = {  # name: module
-    name: name for name in ("loader", "evaluate", "embed", "scaling")
+    name: name for name in ("step", "loader", "evaluate", "embed", "scaling")
 }
 
 

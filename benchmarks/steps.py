@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+import contextlib
+from collections import Counter
+from collections.abc import Iterator, Set
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
-from vicvlm_cli.config import Config, load_config
+from vicvlm_cli.config import Config, load_config, read_preset
 from vicvlm_cli.data.batches import Batch
 from vicvlm_cli.data.tokenizer import Tokenizer
 from vicvlm_cli.data.transforms import CROP_MARGIN
 from vicvlm_cli.device import supports_bf16
+from vicvlm_cli.model import dropout, lengths
 from vicvlm_cli.model.create import create_model
+from vicvlm_cli.model.fusion import Fused
+from vicvlm_cli.model.vlm import VLM
 from vicvlm_cli.objectives import create_objective, recipe_of
 from vicvlm_cli.objectives.ranks import Noise
 from vicvlm_cli.workflows.loop import augment, parameter_groups
@@ -26,7 +32,7 @@ LENGTHS = (15.4, 5.0)  # mean and deviation of the tokens of a Flickr30k caption
 
 def config_of(preset: str, *overrides: str) -> Config:
     """A preset with random weights in the place of the hub's."""
-    own = BERT_SMALL if "small" in preset else ()
+    own = BERT_SMALL if read_preset(preset)["model"].get("text_encoder") else ()
     given = ["model.image_weights=''", *own, *overrides]
     return load_config(preset, overrides=given, recipe_of=recipe_of)
 
@@ -83,10 +89,14 @@ class Step:
         """Those of a weight above 0."""
         return {k for k, v in self.config.pretrain.losses.items() if v.weight > 0}
 
-    def active(self, step: int, progress: float = 1.0) -> set[str]:
-        """Losses that are on at a step when ``progress`` of the run is done."""
-        losses = self.config.pretrain.losses
-        return {name for name, loss in losses.items() if loss.at(progress, step) > 0}
+    def schedule(self, steps: int = 1200) -> dict[frozenset[str], float]:
+        """Which losses are on together, and in what share of the run's steps."""
+        losses = self.config.pretrain.losses.items()
+        counts = Counter(
+            frozenset(name for name, loss in losses if loss.at(step / steps, step) > 0)
+            for step in range(steps)
+        )
+        return {active: count / steps for active, count in counts.items()}
 
     def __call__(self, active: Set[str] | None = None) -> None:
         """Augment, forward, backward, clip, step, follow."""
@@ -104,3 +114,35 @@ class Step:
         self.optimizer.zero_grad()
         self.objective.after_step()
         self.count += 1
+
+
+@contextlib.contextmanager
+def without_exact_cuts() -> Iterator[None]:
+    """The same results, computed without what spares work and leaves them as they are.
+
+    Every output of the fusion, a picture again for each caption, captions padded to the longest of
+    the batch, and a random number for each element that dropout may drop.
+    """
+
+    def fuse(
+        model: VLM,
+        image: Tensor,
+        image_mask: Tensor | None,
+        text: Tensor,
+        text_mask: Tensor,
+        of: Tensor | None = None,
+        want: str = "all",
+    ) -> Fused:
+        assert model.fusion is not None
+        if of is not None:
+            image = image[of]
+            image_mask = None if image_mask is None else image_mask[of]
+        fused: Fused = model.fusion(image, image_mask, text, text_mask)
+        return fused
+
+    with (
+        mock.patch.object(VLM, "fuse", fuse),
+        mock.patch.object(lengths, "GROUPS", 1),
+        mock.patch.object(dropout.Dropout, "forward", nn.Dropout.forward),
+    ):
+        yield
