@@ -5,6 +5,7 @@ import io
 import pytest
 import torch
 from PIL import Image
+from tiny import make_model
 
 from vicvlm_cli.checkpoint import load_model
 from vicvlm_cli.data.images import BadImage, load_rgb
@@ -51,6 +52,16 @@ def test_features_are_the_models_own(tiny_model):
         words = tiny_model.vlm.encode_text(ids, mask).features
     assert torch.allclose(tiny_model.encode_images(images), expected, atol=1e-6)
     assert torch.allclose(tiny_model.encode_texts(TEXTS), words, atol=1e-6)
+
+
+def test_pictures_are_embedded_at_the_size_for_evaluation():
+    vlm = make_model(fusion="cross_attention", eval_image_size=24)
+    seen: list[tuple[int, ...]] = []
+    encode = vlm.encode_image
+    vlm.encode_image = lambda image: seen.append(tuple(image.shape)) or encode(image)
+    batches = encode_image_batches(vlm, pictures(2), lambda x: x, device=torch.device("cpu"))
+    assert len(list(batches)) == 1
+    assert seen == [(2, 3, 24, 24)]
 
 
 def test_paths_bytes_and_pictures_are_the_same_to_it(tiny_model, tmp_path):

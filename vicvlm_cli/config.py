@@ -41,6 +41,7 @@ class ModelConfig:
     image_encoder: str = "vit_small_patch16_224"
     image_weights: str = ""
     image_size: int = 224
+    eval_image_size: int = 0  # of pictures that are embedded, not trained on; 0: the same
     image_options: dict[str, Any] = field(default_factory=dict)
     image_pool: str = "mean"  # or "max", which finds small things sooner; the class token is added
     image_positions: str = "learned"  # or "sincos": fixed-scale start, for short runs from scratch
@@ -163,7 +164,7 @@ POSITIVE = (
 NOT_NEGATIVE = (
     *("weight", "start", "ramp", "seed", "max_minutes", "image_lr", "weight_decay", "warmup"),
     *("validate_every", "validation_images", "rerank_top_k", "color_jitter", "text_dropout"),
-    *("more_captions", "frozen_blocks"),
+    *("more_captions", "frozen_blocks", "eval_image_size"),
 )
 
 

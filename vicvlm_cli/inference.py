@@ -89,7 +89,7 @@ def encode_image_batches(
     `load` turns one source into an RGB picture; those for which it raises `BadImage` are left out
     and named with the reason. A batch may come out empty.
     """
-    size = vlm.config.image_size
+    size = vlm.eval_image_size
 
     def read(source: T) -> np.ndarray | str:
         try:
@@ -235,7 +235,7 @@ class LoadedModel:
         return torch.cat(scores)
 
     def _image_batches(self, images: list[ImageSource], batch_size: int) -> Iterator[ImageBatch]:
-        size = self.vlm.config.image_size
+        size = self.vlm.eval_image_size
         for batch in encode_image_batches(
             self.vlm,
             images,

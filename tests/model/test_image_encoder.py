@@ -51,6 +51,30 @@ def test_all_patches_equal_timms_own_forward(name: str, options: dict[str, Any])
     assert encoder.grid == (4, 4)
 
 
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
+def test_another_size_has_its_positions_resampled_and_its_own_is_as_before(
+    name: str, options: dict[str, Any]
+) -> None:
+    encoder, own = encoder_and_timm(name, options)
+    both = ImageEncoder(name, 32, {**TINY, **options}, "learned", other_size=48).eval()
+    assert both.grid == (4, 4)
+    both.vit.load_state_dict(own.state_dict())
+    image = torch.randn(3, 3, 32, 32)
+    torch.testing.assert_close(both(image), encoder(image), rtol=1e-5, atol=1e-6)
+    keep = torch.tensor([[0, 3, 9], [1, 2, 15], [4, 5, 6]])
+    torch.testing.assert_close(both(image, keep), encoder(image, keep), rtol=1e-5, atol=1e-6)
+
+    large = timm.create_model(name, num_classes=0, img_size=48, **TINY, **options).eval()
+    state = own.state_dict()
+    prefix = 0 if options.get("no_embed_class") else encoder.prefix
+    state["pos_embed"] = resample_abs_pos_embed(
+        state["pos_embed"], [6, 6], num_prefix_tokens=prefix
+    )
+    large.load_state_dict(state)
+    image = torch.randn(3, 3, 48, 48)
+    torch.testing.assert_close(both(image), large.forward_features(image), rtol=1e-4, atol=1e-5)
+
+
 class Chosen(nn.Module):
     """In the place of timm's own patch dropout: keeps the patches it is told to."""
 

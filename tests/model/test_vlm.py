@@ -145,6 +145,20 @@ def test_weights_with_statistics_of_their_own_override_the_configured(tmp_path: 
     assert create_model(config, 50).config.image_mean == (0.485, 0.456, 0.406)
 
 
+@pytest.mark.parametrize("fusion", ["cross_attention", "co_attention", "single_stream"])
+def test_pictures_may_be_embedded_at_another_size_than_trained_at(fusion: str) -> None:
+    model = make_model(fusion=fusion, eval_image_size=48)
+    assert (model.eval_image_size, model.image_encoder.grid) == (48, (4, 4))
+    same = make_model(fusion=fusion)
+    assert same.eval_image_size == 32
+    batch, large = make_batch(), make_batch(size=48)
+    close(model.encode_image(batch.image).features, same.encode_image(batch.image).features)
+    image = model.encode_image(large.image)
+    assert image.tokens.shape[1] == model.image_encoder.prefix + 36
+    scores = model.match(image, model.encode_text(batch.input_ids, batch.attention_mask))
+    assert scores.shape == (6,) and scores.isfinite().all()
+
+
 def test_a_width_that_the_heads_do_not_divide_is_refused() -> None:
     with pytest.raises(UserError, match="text_width=30 is not a multiple of"):
         create_model(make_config(text_width=30, text_heads=4), 50)

@@ -115,7 +115,7 @@ def encode_split(
         for batch in encode_image_batches(
             vlm,
             range(count),
-            lambda i: split.image(i, at_least=vlm.config.image_size),
+            lambda i: split.image(i, at_least=vlm.eval_image_size),
             device=device,
             precision=precision,
             batch_size=batch_size,

@@ -7,7 +7,7 @@ from dataclasses import replace
 from torch import nn
 
 from vicvlm_cli.config import ModelConfig
-from vicvlm_cli.errors import UserError
+from vicvlm_cli.errors import UsageError, UserError
 from vicvlm_cli.model.fusion import FUSIONS
 from vicvlm_cli.model.image_encoder import resolve_image_encoder
 from vicvlm_cli.model.late_interaction import LateInteraction
@@ -34,7 +34,8 @@ def create_model(config: ModelConfig, vocab_size: int) -> RetrievalModel:
     rebuilds the same shapes anywhere.
 
     Raises:
-        UserError: an encoder is unknown, does not fit, or its weights cannot be loaded.
+        UserError: an encoder is unknown, does not fit, or its weights cannot be loaded; or the
+            fusion is of one picture size alone and pictures of another are to be embedded.
     """
     if config.fusion not in FUSIONS:
         config = replace(config, fusion_layers=0)
@@ -43,6 +44,11 @@ def create_model(config: ModelConfig, vocab_size: int) -> RetrievalModel:
         config, image_encoder=name, image_weights="", text_encoder="", vocab_size=vocab_size
     )
     resolved = replace(resolved, **statistics)
+    if config.fusion == "concat" and config.eval_image_size not in (0, config.image_size):
+        raise UsageError(
+            "model.fusion=concat numbers the patches of model.image_size and no others: leave out "
+            "model.eval_image_size, or choose another fusion"
+        )
     if config.text_width % config.text_heads:
         raise UserError(
             f"model.text_width={config.text_width} is not a multiple of "

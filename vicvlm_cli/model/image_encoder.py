@@ -31,18 +31,32 @@ def sincos_2d(grid: tuple[int, int], width: int) -> Tensor:
 class ImageEncoder(nn.Module):
     """A timm ViT that returns all its tokens.
 
+    Args:
+        size: side in pixels of the pictures that it is trained on.
+        other_size: another side that it may be given; learned positions are then resampled to the
+            grid of the pictures at hand. 0: there is none.
+
     Raises:
-        UserError: the name is not a timm ViT, or its weights cannot be loaded.
+        UserError: the name is not a timm ViT, its weights cannot be loaded, or a side is not a
+            multiple of its patches.
     """
 
     def __init__(
-        self, name: str, size: int, options: dict[str, Any], positions: str, weights: str = ""
+        self,
+        name: str,
+        size: int,
+        options: dict[str, Any],
+        positions: str,
+        weights: str = "",
+        other_size: int = 0,
     ) -> None:
         super().__init__()
         # timm decides between fused and eager attention when a block is made. Measured on CPUs in
         # bf16, the backward of the fused kernel costs more than half of a training step.
         timm.layers.set_fused_attn(torch.cuda.is_available())
         arguments = {"num_classes": 0, "img_size": size, **options}
+        if other_size not in (0, size):
+            arguments["dynamic_img_size"] = True
         if weights == "hub":
             arguments["pretrained"] = True
         vit: Any = _create(name, weights, arguments)
@@ -53,10 +67,11 @@ class ImageEncoder(nn.Module):
                 "vit_* or deit_* model, such as vit_small_patch16_224"
             )
         patch = max(vit.patch_embed.patch_size)
-        if size % patch:
-            raise UserError(
-                f"model.image_size={size} is not a multiple of {name!r}'s patch of {patch}"
-            )
+        for key, side in (("image_size", size), ("eval_image_size", other_size)):
+            if side % patch:
+                raise UserError(
+                    f"model.{key}={side} is not a multiple of {name!r}'s patch of {patch}"
+                )
         if weights and weights != "hub":
             _load_weights(vit, name, weights)
         self.vit = vit

@@ -60,6 +60,7 @@ class SingleStream(RetrievalModel):
             config.image_options,
             config.image_positions,
             image_weights,
+            config.eval_image_size,
         )
         width = encoder.width
         super().__init__(replace(config, text_width=width))

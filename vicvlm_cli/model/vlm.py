@@ -73,6 +73,15 @@ class RetrievalModel(nn.Module):
             self.register_buffer(name, pixels, persistent=False)
 
     @property
+    def eval_image_size(self) -> int:
+        """Side of the pictures that are embedded.
+
+        Random crops magnify what they show. Whole pictures of the same side then show everything
+        smaller than in training, those of a larger side do not (FixRes, arXiv 1906.06423).
+        """
+        return self.config.eval_image_size or self.config.image_size
+
+    @property
     def pair_score(self) -> PairScore | None:
         """How :meth:`match` counts; None: the model is a dual encoder and cannot match."""
         return None
@@ -119,6 +128,7 @@ class VLM(RetrievalModel):
             config.image_options,
             config.image_positions,
             image_weights,
+            config.eval_image_size,
         )
         bert = _bert_of(config)
         self.text_encoder = TextEncoder(bert)

@@ -68,7 +68,7 @@ def embed(
     kept: list[int] = []
     features: list[torch.Tensor] = []
     skipped: list[tuple[str, str]] = []
-    size = model.vlm.config.image_size
+    size = model.vlm.eval_image_size
     with progress.bar("embedding", len(items), "images") as bar:
         for batch in encode_image_batches(
             model.vlm,

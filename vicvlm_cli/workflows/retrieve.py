@@ -158,7 +158,7 @@ def _reranked(
     pictures, kept = [], []
     for i, row in enumerate(progress.track(rows.tolist(), "reading candidates", unit="images")):
         try:
-            pictures.append(gallery.image(row, at_least=model.vlm.config.image_size))
+            pictures.append(gallery.image(row, at_least=model.vlm.eval_image_size))
             kept.append(i)
         except BadImage as error:
             progress.say(f"note: {gallery.location(row)} is {error.reason} and was left out")
