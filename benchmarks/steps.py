@@ -17,6 +17,7 @@ from vicvlm_cli.data.tokenizer import Tokenizer
 from vicvlm_cli.data.transforms import CROP_MARGIN
 from vicvlm_cli.device import supports_bf16
 from vicvlm_cli.model import dropout, lengths
+from vicvlm_cli.model.attention import take
 from vicvlm_cli.model.create import create_model
 from vicvlm_cli.model.fusion import Fused
 from vicvlm_cli.model.vlm import VLM
@@ -132,13 +133,18 @@ def without_exact_cuts() -> Iterator[None]:
         text_mask: Tensor,
         of: Tensor | None = None,
         want: str = "all",
+        at: Tensor | None = None,
     ) -> Fused:
         assert model.fusion is not None
         if of is not None:
             image = image[of]
             image_mask = None if image_mask is None else image_mask[of]
         fused: Fused = model.fusion(image, image_mask, text, text_mask)
-        return fused
+        if at is None:
+            return fused
+        if want == "text":
+            return fused._replace(text=take(fused.text, at))
+        return fused._replace(image=take(fused.image, at))
 
     with (
         mock.patch.object(VLM, "fuse", fuse),

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vicvlm_cli.model.feed_forward import gelu_linear
+
 
 class Context(NamedTuple):
     """What tokens attend to: ``keys`` and ``values`` [B, heads, N, d]."""
@@ -57,26 +59,65 @@ def attend(attention: Any, tokens: Tensor, context: Context, mask: Tensor | None
     return attention.output(out.transpose(1, 2).flatten(2), tokens)
 
 
+def attend_few(attention: Any, tokens: Tensor, context: Tensor, mask: Tensor) -> Tensor:
+    """What :func:`attend` gives, for few tokens [B, W, D] that attend to many [B, N, D].
+
+    No keys and values are made of the many. Instead of all keys, each query goes through the keys'
+    weights; instead of all values, only what attention took of the tokens goes through theirs. The
+    keys' bias adds the same to all scores of a query, and falls out of the softmax.
+    """
+    of = attention.self
+    rows, few, heads = len(tokens), tokens.shape[1], of.num_attention_heads
+    query = of.query(tokens) * of.attention_head_size**-0.5
+    context = context.to(query.dtype)
+    query = query.view(rows * few, heads, -1).transpose(0, 1)  # [heads, B * W, d]
+    query = query @ of.key.weight.view(heads, -1, context.shape[-1])  # [heads, B * W, D]
+    query = query.view(heads, rows, few, -1).permute(1, 2, 0, 3).flatten(1, 2)  # [B, W * heads, D]
+    scores = query @ context.transpose(1, 2)  # [B, W * heads, N]
+    scores = scores.masked_fill(~mask.unsqueeze(1), torch.finfo(scores.dtype).min)
+    taken = of.dropout(scores.softmax(-1))
+    share = taken.sum(-1).view(rows * few, heads, 1)  # 1 but for dropout
+    out = (taken @ context).view(rows * few, heads, -1).transpose(0, 1)  # [heads, B * W, D]
+    out = out @ of.value.weight.view(heads, -1, context.shape[-1]).transpose(1, 2)
+    out = out.transpose(0, 1) + share * of.value.bias.to(out.dtype).view(
+        heads, -1
+    )  # [B * W, heads, d]
+    return attention.output(out.reshape(rows, few, -1), tokens)
+
+
+def feed_forward(layer: Any, tokens: Tensor) -> Tensor:
+    """The perceptron of a BertLayer: [B, N, D] to [B, N, D]."""
+    out = gelu_linear(layer.intermediate.dense(tokens), layer.output.dense)
+    return layer.output.LayerNorm(layer.output.dropout(out) + tokens)
+
+
 def encode(layers: Any, tokens: Tensor, mask: Tensor, wanted: Tensor | None = None) -> Tensor:
     """Tokens [B, N, D] through BertLayers; bool mask [B, N], True at real tokens.
 
     Args:
-        wanted: long [W], the places whose outputs are read: the last layer computes no others.
-            None: all.
+        wanted: long [W] or, row by row, [B, W], the places whose outputs are read: the last layer
+            computes no others. None: all.
 
     Returns:
         [B, N or W, D].
     """
     seen = mask[:, None, None, :]
-    for number, layer in enumerate(layers):
-        context = context_of(layer.attention, tokens)
-        if wanted is not None and number == len(layers) - 1:
-            tokens = tokens.index_select(1, wanted)
-        tokens = attend(layer.attention, tokens, context, seen)
-        tokens = layer.output(layer.intermediate(tokens), tokens)
-    if wanted is not None and not len(layers):
-        tokens = tokens.index_select(1, wanted)
-    return tokens
+    last = len(layers) - 1 if wanted is not None else -1
+    for layer in layers[:last] if last >= 0 else layers:
+        tokens = attend(layer.attention, tokens, context_of(layer.attention, tokens), seen)
+        tokens = feed_forward(layer, tokens)
+    if wanted is None:
+        return tokens
+    few = take(tokens, wanted)
+    if last < 0:
+        return few
+    attention = layers[last].attention
+    # Keys and values of N tokens are 2 N D D products; without them there are 2 W heads N D more.
+    if 2 * few.shape[1] * attention.self.num_attention_heads <= tokens.shape[-1]:
+        few = attend_few(attention, few, tokens, mask)
+    else:
+        few = attend(attention, few, context_of(attention, tokens), seen)
+    return feed_forward(layers[last], few)
 
 
 def cross_encode(
@@ -98,13 +139,20 @@ def cross_encode(
     for layer, context in zip(layers, contexts, strict=True):
         tokens = attend(layer.attention, tokens, context_of(layer.attention, tokens), own)
         tokens = attend(layer.crossattention, tokens, context, other)
-        tokens = layer.output(layer.intermediate(tokens), tokens)
+        tokens = feed_forward(layer, tokens)
     return tokens
 
 
 def contexts_of(layers: Any, tokens: Tensor) -> list[Context]:
     """What the cross-attention of each layer makes of the other modality's tokens [B, M, D]."""
     return [context_of(layer.crossattention, tokens) for layer in layers]
+
+
+def take(x: Tensor, wanted: Tensor) -> Tensor:
+    """The tokens of [B, N, D] numbered ``wanted``, long [W] or, row by row, [B, W]: [B, W, D]."""
+    if wanted.dim() == 1:
+        return x.index_select(1, wanted)
+    return x.gather(1, wanted.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
 def _heads(x: Tensor, number: int) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,7 +20,23 @@ class Dropout(nn.Dropout):
         """Elements zeroed with probability ``p``, the others divided by 1 - p."""
         if not self.training or not 0 < self.p < 1 or x.device.type != "cpu":
             return F.dropout(x, self.p, self.training)
-        return x * keep_mask(x.shape, self.p).to(x.dtype).mul_(1 / (1 - self.p))
+        out: Tensor = _Drop.apply(x, keep_mask(x.shape, self.p), 1 / (1 - self.p))
+        return out
+
+
+class _Drop(torch.autograd.Function):
+    """Keeps its mask as a byte an element, where a product would keep a number."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, keep: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(keep)
+        ctx.scale = scale
+        return (x * keep).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None]:
+        (keep,) = ctx.saved_tensors
+        return (gradients[0] * keep).mul_(ctx.scale), None, None
 
 
 def keep_mask(shape: torch.Size, p: float) -> Tensor:

@@ -10,10 +10,11 @@ from __future__ import annotations
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BertConfig
 
-from vicvlm_cli.model.attention import contexts_of, cross_encode, encode
+from vicvlm_cli.model.attention import contexts_of, cross_encode, encode, take
 from vicvlm_cli.model.dropout import Dropout
 from vicvlm_cli.model.lengths import by_length
 from vicvlm_cli.model.text_encoder import make_bert
@@ -129,6 +130,7 @@ class ConcatFusion(nn.Module):
         text_mask: Tensor,
         of: Tensor | None = None,
         want: Want = "all",
+        at: Tensor | None = None,
     ) -> Fused:
         """As told at :data:`FUSIONS`."""
         patches = self.image_projection(image)
@@ -149,11 +151,17 @@ class ConcatFusion(nn.Module):
             position_ids=torch.cat(counts).unsqueeze(0),
             token_type_ids=torch.cat(kinds).long().expand(b, -1),
         )
-        images, words = n * (want in ("all", "image")), length * (want in ("all", "text"))
-        places = torch.arange(1 + n + length, device=device)
-        wanted = torch.cat([places[: 1 + images], places[1 + n : 1 + n + words]])
-        out = encode(bert.encoder.layer, tokens, mask, None if want == "all" else wanted)
-        return Fused(pooled=out[:, 0], text=out[:, 1 + images :], image=out[:, 1 : 1 + images])
+        if want == "all":
+            out = encode(bert.encoder.layer, tokens, mask)
+            return Fused(pooled=out[:, 0], text=out[:, 1 + n :], image=out[:, 1 : 1 + n])
+        count, first = {"pooled": (0, 0), "image": (n, 1), "text": (length, 1 + n)}[want]
+        if at is None:
+            at = torch.arange(count, device=device).expand(b, -1)
+        wanted = F.pad(at + first, (1, 0))  # the class token is at 0
+        out = encode(bert.encoder.layer, tokens, mask, wanted)
+        read, none = out[:, 1:], out[:, :0]
+        text, image = (read, none) if want == "text" else (none, read)
+        return Fused(pooled=out[:, 0], text=text, image=image)
 
 
 class CrossAttentionFusion(nn.Module):
@@ -178,10 +186,12 @@ class CrossAttentionFusion(nn.Module):
         text_mask: Tensor,
         of: Tensor | None = None,
         want: Want = "all",
+        at: Tensor | None = None,
     ) -> Fused:
         """As told at :data:`FUSIONS`; the words are needed for the pooled feature anyway."""
         out = _attend_text(self.bert, text, text_mask, self.image_projection(image), image_mask, of)
-        return Fused(pooled=masked_mean(out, text_mask), text=out, image=None)
+        text = take(out, at) if want == "text" and at is not None else out
+        return Fused(pooled=masked_mean(out, text_mask), text=text, image=None)
 
 
 class CoAttentionFusion(nn.Module):
@@ -219,6 +229,7 @@ class CoAttentionFusion(nn.Module):
         text_mask: Tensor,
         of: Tensor | None = None,
         want: Want = "all",
+        at: Tensor | None = None,
     ) -> Fused:
         """As told at :data:`FUSIONS`. The first token of each modality is its class token."""
         patches = self.image_projection(image)
@@ -228,6 +239,9 @@ class CoAttentionFusion(nn.Module):
             image_mask = None if image_mask is None else image_mask[of]
         seen = self.image_stream(patches, image_mask, text, text_mask)
         pooled = self.pool(torch.cat([seen[:, 0], words[:, 0]], dim=1))
+        if at is not None:
+            words = take(words, at) if want == "text" else words
+            seen = take(seen, at) if want == "image" else seen
         return Fused(pooled=pooled, text=words, image=seen)
 
 
@@ -236,13 +250,15 @@ FUSIONS = {
     "cross_attention": CrossAttentionFusion,
     "co_attention": CoAttentionFusion,
 }
-"""The fusion encoders by name: ``forward(image, image_mask, text, text_mask, of, want)``.
+"""The fusion encoders by name: ``forward(image, image_mask, text, text_mask, of, want, at)``.
 
 Args:
     image: tokens [G, N, D_i] of G pictures; ``image_mask`` bool [G, N], True = real, None: all.
     text: tokens [B, L, D], with bool ``text_mask`` [B, L].
     of: long [B], the picture that each caption is fused with; None: row by row, G = B.
     want: which outputs are read beside the pooled ones; what only others need is not computed.
+    at: long [B, R], which of the words (``want="text"``) or of the image tokens (``want="image"``)
+        of each row are read: R is then in the place of L or N. None: all.
 
 Returns:
     :class:`Fused`.

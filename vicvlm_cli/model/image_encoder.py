@@ -14,6 +14,7 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch import Tensor, nn
 
 from vicvlm_cli.errors import UserError
+from vicvlm_cli.model.feed_forward import make_lean
 
 
 def sincos_2d(grid: tuple[int, int], width: int) -> Tensor:
@@ -74,6 +75,7 @@ class ImageEncoder(nn.Module):
                 )
         if weights and weights != "hub":
             _load_weights(vit, name, weights)
+        make_lean(vit)
         self.vit = vit
         self.width: int = vit.embed_dim
         self.grid: tuple[int, int] = tuple(vit.patch_embed.grid_size)

@@ -189,14 +189,15 @@ class VLM(RetrievalModel):
         text_mask: Tensor,
         of: Tensor | None = None,
         want: Want = "all",
+        at: Tensor | None = None,
     ) -> Fused:
         """Run the fusion encoder over image tokens [G, N, D_i] and text tokens [B, L, D].
 
-        Only for models that have one (``can_match``). ``of`` and ``want``, and all else, are those
-        of :data:`~vicvlm_cli.model.fusion.FUSIONS`.
+        Only for models that have one (``can_match``). ``of``, ``want`` and ``at``, and all else,
+        are those of :data:`~vicvlm_cli.model.fusion.FUSIONS`.
         """
         assert self.fusion is not None
-        return self.fusion(image, image_mask, text, text_mask, of, want)
+        return self.fusion(image, image_mask, text, text_mask, of, want, at)
 
     def match(self, image: Encoded, text: Encoded) -> Tensor:
         """Log-odds [B] that picture and caption of each row belong together."""

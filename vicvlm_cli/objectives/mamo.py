@@ -17,7 +17,7 @@ from vicvlm_cli.model.vlm import VLM, Encoded
 from vicvlm_cli.objectives import losses
 from vicvlm_cli.objectives.alignment import clamp_temperature, contrast, match, require_matching
 from vicvlm_cli.objectives.heads import MLMHead
-from vicvlm_cli.objectives.masked_language import hide_words, token_kinds, word_loss
+from vicvlm_cli.objectives.masked_language import hide_words, positions, token_kinds, word_loss
 from vicvlm_cli.objectives.masking import check_block, mask_patches
 from vicvlm_cli.objectives.momentum import EmaTarget
 from vicvlm_cli.objectives.ranks import Noise, global_mean
@@ -127,21 +127,19 @@ class MAMO(nn.Module):
             if "mim" in active:
                 values["mim"], trivial["mim"] = self._mim(patches, clean.visual, masked)
         if "mlm" in active or "mrm" in active:
-            hidden, tokens, words = self._masked_text(batch, image, noise, "mrm" in active)
+            hidden, of_mlm, of_mrm = self._masked_text(batch, image, noise, "mrm" in active)
             if "mlm" in active:
                 values["mlm"], trivial["mlm"] = word_loss(
                     self.mlm_head,
-                    tokens[hidden],
+                    of_mlm,
                     model.text_encoder.word_embeddings,
                     batch.input_ids[hidden],
                     self.token_counts,
                     count=self.training,
                 )
             if "mrm" in active:
-                assert words is not None
-                values["mrm"], trivial["mrm"] = self._mrm(
-                    patches, words[hidden], clean, masked, hidden
-                )
+                assert of_mrm is not None
+                values["mrm"], trivial["mrm"] = self._mrm(patches, of_mrm, clean, masked, hidden)
         return values, trivial
 
     def after_step(self) -> None:
@@ -176,14 +174,16 @@ class MAMO(nn.Module):
         else:
             tokens = encoder(pixels, hidden=hidden, mask_token=self.mask_token)
         assert text.mask is not None
-        fused = self.model.fuse(tokens, None, text.tokens, text.mask, want="image")
+        fused = self.model.fuse(
+            tokens, None, text.tokens, text.mask, want="image", at=masked + encoder.prefix
+        )
         assert fused.image is not None
-        return masked, _at(fused.image[:, encoder.prefix :], masked)
+        return masked, fused.image
 
     def _masked_text(
         self, batch: Batch, image: Encoded, noise: Noise, multimodal: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The hidden words, and the tokens [B, L, D] that MLM and MRM read them from.
+        """The hidden words, bool [B, L], and the tokens [H, D] that MLM and MRM read them from.
 
         ``seed`` needs the fusion for MRM alone: without ``multimodal`` the last is None.
         """
@@ -199,10 +199,11 @@ class MAMO(nn.Module):
         unimodal = self.config.variant == "seed"
         tokens = self.model.text_encoder(hidden_ids, batch.attention_mask)
         if unimodal and not multimodal:
-            return hidden, tokens, None
+            return hidden, tokens[hidden], None
         mask = batch.attention_mask
-        words = self.model.fuse(image.tokens, None, tokens, mask, want="text").text
-        return hidden, tokens if unimodal else words, words
+        at, real = positions(hidden)
+        words = self.model.fuse(image.tokens, None, tokens, mask, want="text", at=at).text[real]
+        return hidden, tokens[hidden] if unimodal else words, words
 
     def _mim(self, patches: Tensor, visual: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
         """L1 between predictions from [B, M, D] and the EMA visual features [B, N, D_i]."""

@@ -44,6 +44,17 @@ def hide_words(
     return batch.input_ids.masked_fill(hidden, mask_id), hidden
 
 
+def positions(hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Where bool [B, L] is True, in ascending order: long [B, R], and bool [B, R], True at these.
+
+    R is the largest number in a row; rows with fewer are filled up with others.
+    """
+    number = hidden.sum(1)
+    most = max(int(number.max()), 1)
+    order = (~hidden).to(torch.uint8).argsort(dim=1, stable=True)
+    return order[:, :most], torch.arange(most, device=hidden.device) < number[:, None]
+
+
 def word_loss(
     head: MLMHead, tokens: Tensor, table: Tensor, target: Tensor, counts: Tensor, *, count: bool
 ) -> tuple[Tensor, Tensor]:

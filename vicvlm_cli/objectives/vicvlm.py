@@ -19,7 +19,7 @@ from vicvlm_cli.model.vlm import VLM, Encoded
 from vicvlm_cli.objectives import losses
 from vicvlm_cli.objectives.alignment import clamp_temperature, contrast, match, require_matching
 from vicvlm_cli.objectives.heads import JointPatchHead, MLMHead, PatchPredictor
-from vicvlm_cli.objectives.masked_language import hide_words, token_kinds, word_loss
+from vicvlm_cli.objectives.masked_language import hide_words, positions, token_kinds, word_loss
 from vicvlm_cli.objectives.masking import check_block, mask_patches
 from vicvlm_cli.objectives.momentum import EmaTarget
 from vicvlm_cli.objectives.ranks import Noise, gather, global_mean
@@ -202,9 +202,13 @@ class VicVLM(nn.Module):
         prefix = self.model.image_encoder.prefix
         if isinstance(self.joint_head, JointPatchHead):
             tokens = self.joint_head.insert(masked.tokens, prefix, masked.keep, masked.masked)
-            fused = self.model.fuse(tokens, None, text.tokens, text.mask, want="image")
+            rows, hidden = masked.masked.shape
+            at = torch.arange(tokens.shape[1] - hidden, tokens.shape[1], device=tokens.device)
+            fused = self.model.fuse(
+                tokens, None, text.tokens, text.mask, want="image", at=at.expand(rows, -1)
+            )
             assert fused.image is not None
-            return self.joint_head(fused.image, masked.masked.shape[1]), fused.pooled
+            return self.joint_head(fused.image, hidden), fused.pooled
         fused = self.model.fuse(masked.tokens, None, text.tokens, text.mask)
         visible = masked.tokens[:, prefix:]
         guess = self.joint_head(visible, masked.keep, masked.masked, fused.text, text.mask)
@@ -227,10 +231,11 @@ class VicVLM(nn.Module):
         )
         text = self.model.encode_text(ids, batch.attention_mask)
         mask = batch.attention_mask
-        fused = self.model.fuse(image.tokens, None, text.tokens, mask, want="text")
+        at, real = positions(hidden)
+        fused = self.model.fuse(image.tokens, None, text.tokens, mask, want="text", at=at)
         loss, guess = word_loss(
             self.mlm_head,
-            fused.text[hidden],
+            fused.text[real],
             self.model.text_encoder.word_embeddings,
             batch.input_ids[hidden],
             self.token_counts,
