@@ -6,11 +6,19 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import BertModel
 
 from vicvlm_cli.model import attention
-from vicvlm_cli.model.attention import contexts_of, cross_encode, encode
+from vicvlm_cli.model.attention import (
+    attend,
+    attend_few,
+    context_of,
+    contexts_of,
+    cross_encode,
+    encode,
+    take,
+)
 from vicvlm_cli.model.text_encoder import bert_config
 
 WIDTH = 16
@@ -50,20 +58,57 @@ def check(outputs: list[Tensor], leaves: list[Tensor], bert: BertModel) -> None:
     """Equal outputs, and equal gradients of everything that has one."""
     weights = [*leaves, *bert.encoder.parameters()]
     torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-5)
-    for mine, theirs in zip(
-        *(torch.autograd.grad(x.square().sum(), weights) for x in outputs), strict=True
-    ):
-        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
+    mine, theirs = (
+        torch.autograd.grad(x.square().sum(), weights, allow_unused=True) for x in outputs
+    )
+    for weight, one, other in zip(weights, mine, theirs, strict=True):
+        one = torch.zeros_like(weight) if one is None else one  # a bias that moves nothing
+        assert other is not None
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("wanted", [None, [0], [3, 0]])
-def test_self_attention(wanted: list[int] | None) -> None:
-    bert = make_bert(3, cross=False)
+# Few enough to go without keys and values, and too many for that; the same in all rows, and not.
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize(
+    "wanted",
+    [None, [0], [3, 0], [5, 0, 1, 2, 3], [[0, 3], [0, 1], [0, 0], [5, 4]], [[0, 1, 2, 3, 4]] * 4],
+)
+def test_self_attention(wanted: Any, layers: int) -> None:
+    bert = make_bert(layers, cross=False)
     x, mask = make_tokens(4, 6, seed=1)
     at = None if wanted is None else torch.tensor(wanted)
     mine = encode(bert.encoder.layer, x, mask, at)
     theirs = bert.encoder(x, attention_mask=additive(mask)).last_hidden_state
-    check([mine, theirs if at is None else theirs[:, at]], [x], bert)
+    check([mine, theirs if at is None else take(theirs, at)], [x], bert)
+
+
+def test_few_that_attend_to_many_have_dropout_as_all_have(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(attention, "prefers_fused", lambda _: False)
+    bert = make_bert(1, cross=False)
+    of = bert.encoder.layer[0].attention
+    x, mask = make_tokens(4, 6, seed=1)
+    outputs = []
+    for few in (True, False):
+        of.self.dropout = Every(2)
+        if few:
+            outputs.append(attend_few(of, x[:, :2], x, mask))
+        else:
+            seen = mask[:, None, None, :]
+            outputs.append(attend(of, x[:, :2], context_of(of, x), seen))
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+
+
+class Every(nn.Module):
+    """Drops every n-th column: a dropout that two ways of computing agree on."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number, self.p = number, 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (torch.arange(x.shape[-1]) % self.number > 0) * 2.0
 
 
 def test_cross_attention() -> None:

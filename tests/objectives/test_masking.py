@@ -8,6 +8,7 @@ from tiny import CAPTIONS, make_tokenizer
 from torch import Tensor
 
 from vicvlm_cli.errors import UsageError
+from vicvlm_cli.objectives.masked_language import positions
 from vicvlm_cli.objectives.masking import check_block, mask_patches, mask_words
 
 
@@ -143,3 +144,12 @@ def test_every_word_is_hidden_as_often() -> None:
     hidden = mask_words(ids, mask, tokenizer.continuation(), special, uniform(*ids.shape), 0.28)
     share = hidden[:, 1:-1].float().mean(0)  # two words of seven
     assert share.tolist() == pytest.approx([2 / 7] * 7, abs=0.03)
+
+
+def test_places_of_hidden_words_in_the_order_of_a_mask() -> None:
+    hidden = torch.tensor([[0, 1, 0, 1], [0, 0, 0, 0], [1, 1, 0, 1]]).bool()
+    at, real = positions(hidden)
+    assert at.shape == real.shape == (3, 3)
+    x = torch.arange(12).view(3, 4)
+    assert torch.equal(x.gather(1, at)[real], x[hidden])
+    assert positions(torch.zeros(2, 4, dtype=torch.bool))[0].shape == (2, 1)
