@@ -63,25 +63,28 @@ def attend_few(attention: Any, tokens: Tensor, context: Tensor, mask: Tensor) ->
     """What :func:`attend` gives, for few tokens [B, W, D] that attend to many [B, N, D].
 
     No keys and values are made of the many. Instead of all keys, each query goes through the keys'
-    weights; instead of all values, only what attention took of the tokens goes through theirs. The
-    keys' bias adds the same to all scores of a query, and falls out of the softmax.
+    weights; instead of all values, only what attention took of the tokens goes through theirs.
     """
     of = attention.self
     rows, few, heads = len(tokens), tokens.shape[1], of.num_attention_heads
+
+    def by_row(x: Tensor) -> Tensor:  # [heads, B * W, n] to [B, W * heads, n]
+        return x.view(heads, rows, few, -1).permute(1, 2, 0, 3).flatten(1, 2)
+
     query = of.query(tokens) * of.attention_head_size**-0.5
     context = context.to(query.dtype)
     query = query.view(rows * few, heads, -1).transpose(0, 1)  # [heads, B * W, d]
-    query = query @ of.key.weight.view(heads, -1, context.shape[-1])  # [heads, B * W, D]
-    query = query.view(heads, rows, few, -1).permute(1, 2, 0, 3).flatten(1, 2)  # [B, W * heads, D]
-    scores = query @ context.transpose(1, 2)  # [B, W * heads, N]
+    through = by_row(query @ of.key.weight.view(heads, -1, context.shape[-1]))
+    # The keys' bias moves no softmax; it is here so that every parameter has its gradient.
+    bias = by_row(query @ of.key.bias.view(heads, -1, 1))
+    scores = through @ context.transpose(1, 2) + bias  # [B, W * heads, N]
     scores = scores.masked_fill(~mask.unsqueeze(1), torch.finfo(scores.dtype).min)
     taken = of.dropout(scores.softmax(-1))
     share = taken.sum(-1).view(rows * few, heads, 1)  # 1 but for dropout
     out = (taken @ context).view(rows * few, heads, -1).transpose(0, 1)  # [heads, B * W, D]
     out = out @ of.value.weight.view(heads, -1, context.shape[-1]).transpose(1, 2)
-    out = out.transpose(0, 1) + share * of.value.bias.to(out.dtype).view(
-        heads, -1
-    )  # [B * W, heads, d]
+    of_bias = share * of.value.bias.to(out.dtype).view(heads, -1)
+    out = out.transpose(0, 1) + of_bias  # [B * W, heads, d]
     return attention.output(out.reshape(rows, few, -1), tokens)
 
 
