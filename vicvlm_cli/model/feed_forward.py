@@ -54,8 +54,15 @@ class LeanMlp(Mlp):
 def make_lean(module: nn.Module) -> None:
     """Turn every plain ``Mlp`` of timm's below ``module`` into a :class:`LeanMlp`."""
     for mlp in module.modules():
-        if type(mlp) is not Mlp or type(mlp.act) is not nn.GELU or mlp.act.approximate != "none":
-            continue
-        plain = type(mlp.norm) is nn.Identity and mlp.drop1.p == mlp.drop2.p == 0
-        if plain and type(mlp.fc2) is nn.Linear and mlp.fc2.bias is not None:
+        if type(mlp) is Mlp and _is_plain(mlp):
             mlp.__class__ = LeanMlp  # its weights, and their names, stay
+
+
+def _is_plain(mlp: Any) -> bool:
+    act, last = mlp.act, mlp.fc2
+    return (
+        (type(act) is nn.GELU and act.approximate == "none")
+        and type(mlp.norm) is nn.Identity
+        and mlp.drop1.p == mlp.drop2.p == 0
+        and (type(last) is nn.Linear and last.bias is not None)
+    )
