@@ -189,6 +189,24 @@ def test_dropout_differs_between_batches_and_seeds() -> None:
     assert not torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
 
 
+def test_half_precision_keeps_small_gradients() -> None:
+    rows = torch.nn.functional.normalize(torch.randn(2, 8, 16), dim=-1)
+    scale = torch.tensor(4.0)
+    x = rows[0].clone().requires_grad_()
+    (expected,) = torch.autograd.grad(info_nce(scale, x, rows[1], torch.arange(8)).loss * 1e-8, x)
+
+    def loss(images: Tensor, texts: Tensor, image_id: Tensor) -> tuple[Tensor, Tensor]:
+        found = info_nce(scale, images, texts, image_id)
+        return found.loss * 1e-8, found.trivial
+
+    with torch.autocast("cpu", torch.float16):
+        cached = CachedContrast(1, [])
+        for _ in range(2):
+            value, _ = cached(loss, x, rows[1], torch.arange(8))
+    (got,) = torch.autograd.grad(value, x)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=0)
+
+
 def test_the_trivial_value_is_that_of_all_pairs() -> None:
     objective = make("clip", {})
     _, expected = objective(large_batch(), Noise(0, 0, CPU), set())

@@ -50,7 +50,7 @@ class CachedContrast:
         Args:
             loss: gives the loss and its trivial value first, of as many tensors [N, ...] as
                 ``rows``; the order of pairs is that of ``gather``, batch after batch.
-            rows: this batch's, of this process, [B, ...].
+            rows: this batch's, of this process, [B, ...]; those with gradient in float32.
         """
         if len(self._rows) < self.batches:
             self._rows.append([gather(x.detach()) for x in rows])
@@ -76,9 +76,11 @@ class CachedContrast:
         whole = [torch.cat(parts) for parts in zip(*self._rows, strict=True)]
         for x, want in zip(whole, wanted, strict=True):
             x.requires_grad_(want)
-        value, trivial = loss(*whole)[:2]
         leaves = [x for x in whole if x.requires_grad]
-        found = torch.autograd.grad(value, [*leaves, *self.parameters], allow_unused=True)
+        # In float32: this loss is not scaled before its gradient, much of which fp16 would lose.
+        with torch.autocast(whole[0].device.type, enabled=False):
+            value, trivial = loss(*whole)[:2]
+            found = torch.autograd.grad(value, [*leaves, *self.parameters], allow_unused=True)
         of_rows = iter(found[: len(leaves)])
         self._row_gradients = [next(of_rows) if x.requires_grad else None for x in whole]
         of_parameters = zip(self.parameters, found[len(leaves) :], strict=True)
