@@ -159,6 +159,20 @@ def test_training_can_be_told_in_options_or_settings_and_options_win(home):
     assert remembered.last("checkpoint").parent.name == "run"
 
 
+@pytest.mark.parametrize("command", ["pretrain", "finetune"])
+def test_a_contrast_over_several_batches_is_an_option(home, command):
+    first = [home.checkpoint] if command == "finetune" else []
+    line = [command, *first, "--data", home.data, "--batch-size", 8, "--contrastive-batch"]
+    small = [word for setting in SMALL for word in ("--set", setting)] if not first else []
+    said = run(*line, 20, *small, "--output", "run")
+    assert said.exit_code == 2 and "--contrastive-batch is 20, not a multiple" in said.stderr
+    assert "Traceback" not in said.stderr
+    said = run(*line, 24, "--epochs", 1, *small, "--output", "run", "--json")
+    assert said.exit_code == 0, said.output
+    result = json.loads(said.stdout)
+    assert result["pairs"] == 24 * result["steps"]
+
+
 def test_retrieve_makes_the_first_gallery_itself(home):
     remembered.remember("data", home.data)
     said = run("evaluate", home.checkpoint, "--top-k", 0)  # makes it the last checkpoint

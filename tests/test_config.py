@@ -15,6 +15,7 @@ from vicvlm_cli.config import (
     Config,
     LossConfig,
     ModelConfig,
+    TrainConfig,
     from_dict,
     load_config,
     merge,
@@ -71,6 +72,7 @@ def test_all_mistakes_are_named_together() -> None:
         ("pretrain.precision=fp8", "pretrain.precision is 'fp8', not one of auto, no"),
         ("pretrain.batch_size=0", "pretrain.batch_size is 0, and must be above 0"),
         ("finetune.lr=-1", "finetune.lr is -1, and must be above 0"),
+        ("pretrain.contrastive_batch=-8", "contrastive_batch is -8, and must not be below 0"),
         ("pretrain.seed=-1", "pretrain.seed is -1, and must not be below 0"),
         ("pretrain.losses.itc={weight=-1}", "itc.weight is -1, and must not be below 0"),
         ("pretrain.losses.itc={every=0}", "itc.every is 0, and must be above 0"),
@@ -80,6 +82,26 @@ def test_all_mistakes_are_named_together() -> None:
 )
 def test_wrong_values_are_refused(override: str, words: str) -> None:
     assert words in refusal(override)
+
+
+def test_batches_of_a_step() -> None:
+    assert TrainConfig(accumulate=3).step_batches == 3
+    wide = TrainConfig(batch_size=16, contrastive_batch=64)
+    assert wide.step_batches == 4 and wide.caches_contrast
+    alone = TrainConfig(batch_size=16, contrastive_batch=16)
+    assert alone.step_batches == 1 and not alone.caches_contrast
+    assert not TrainConfig(accumulate=2).caches_contrast
+    for settings, words in (
+        (
+            {"contrastive_batch": 100},
+            "100, not a multiple of --batch-size, which is 16: give 96",
+        ),
+        ({"contrastive_batch": 4}, "is 4, not a multiple of --batch-size, which is 16: give 16"),
+        ({"contrastive_batch": 32, "accumulate": 2}, "leave accumulate at 1, not 2"),
+    ):
+        with pytest.raises(UsageError, match=words) as caught:
+            _ = TrainConfig(batch_size=16, **settings).step_batches
+        assert caught.value.exit_code == 2
 
 
 def test_values_arrive_with_their_types() -> None:

@@ -51,6 +51,8 @@ TINY = [
         )
     ),
 ]
+# Those of them that suit any method.
+BARE = [s for s in TINY if ".losses." not in s and ".options." not in s]
 
 
 def rows(run: Path, kind: str = "train") -> list[dict[str, Any]]:

@@ -110,6 +110,7 @@ class TrainConfig:
     clock: str = "wall"  # or "cpu": the training's own CPU time a thread, to compare by
     batch_size: int = 96  # pairs a process and step
     accumulate: int = 1
+    contrastive_batch: int = 0  # pairs a process that ITC is over, a multiple of batch_size; 0: one
     lr: float = 2.5e-4
     image_lr: float = 0.0  # 0: the same as lr
     frozen_blocks: int = 0  # lowest blocks of the image encoder that keep their weights
@@ -124,6 +125,34 @@ class TrainConfig:
     select: str = "best"  # "best" on validation recall, or "last"
     rerank_top_k: int = 32  # candidates when choosing the re-ranking weight on validation
     state_minutes: float = 10.0  # between two saves of what resuming needs
+
+    @property
+    def step_batches(self) -> int:
+        """Batches of an optimiser step.
+
+        Raises:
+            UsageError: ``contrastive_batch`` is no multiple of ``batch_size``, or stands beside
+                ``accumulate``.
+        """
+        pairs, size = self.contrastive_batch, self.batch_size
+        if not pairs:
+            return self.accumulate
+        if pairs % size:
+            raise UsageError(
+                f"--contrastive-batch is {pairs}, not a multiple of --batch-size, which is {size}: "
+                f"give {max(round(pairs / size), 1) * size}, or another batch size"
+            )
+        if self.accumulate > 1:
+            raise UsageError(
+                f"--contrastive-batch {pairs} accumulates {pairs // size} batches by itself: leave "
+                f"accumulate at 1, not {self.accumulate}"
+            )
+        return pairs // size
+
+    @property
+    def caches_contrast(self) -> bool:
+        """Whether ITC is over more batches than one."""
+        return self.contrastive_batch > 0 and self.step_batches > 1
 
 
 @dataclass(frozen=True)
@@ -164,7 +193,7 @@ POSITIVE = (
 NOT_NEGATIVE = (
     *("weight", "start", "ramp", "seed", "max_minutes", "image_lr", "weight_decay", "warmup"),
     *("validate_every", "validation_images", "rerank_top_k", "color_jitter", "text_dropout"),
-    *("more_captions", "frozen_blocks", "eval_image_size"),
+    *("more_captions", "frozen_blocks", "eval_image_size", "contrastive_batch"),
 )
 
 

@@ -65,6 +65,10 @@ TextEncoder = Annotated[
 Epochs = Annotated[float | None, _option("Passes over the training split.")]
 MaxMinutes = Annotated[float | None, _option("Fit the whole schedule into this wall time.")]
 PairBatch = Annotated[int | None, _option("Image-text pairs a process and step.")]
+ContrastBatch = Annotated[
+    int | None,
+    _option("Pairs that ITC is over, a multiple of the batch size. [default: one batch]"),
+]
 LearningRate = Annotated[float | None, _option("Peak learning rate.")]
 Cache = Annotated[
     bool | None,

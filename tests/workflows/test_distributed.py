@@ -13,9 +13,9 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
-from tiny_training import LOSSES, TINY, rows
+from tiny_training import BARE, LOSSES, TINY, rows
 from torch import Tensor
-from two_processes import CASES, losses_and_gradients
+from two_processes import CACHED, CASES, WIDE, contrast_by_cache, losses_and_gradients
 
 from vicvlm_cli.report.progress import Progress
 from vicvlm_cli.workflows.train import pretrain
@@ -93,6 +93,41 @@ def test_losses_and_gradients_are_those_of_the_joint_batch(case: str, both: Resu
             torch.testing.assert_close(
                 got[name] / scale, expected / scale, rtol=1e-3, atol=2e-5, msg=f"{rank}: {name}"
             )
+
+
+@pytest.mark.parametrize("case", CACHED)
+def test_two_batches_of_two_processes_contrast_like_one(case: str, both: Results) -> None:
+    joint = contrast_by_cache(case, None)
+    for rank in range(2):
+        got = both[rank][f"cached.{case}"]
+        assert set(got) == set(joint)
+        for name, expected in joint.items():
+            scale = max(1.0, float(expected.abs().max()))
+            torch.testing.assert_close(
+                got[name] / scale, expected / scale, rtol=1e-3, atol=2e-5, msg=f"{rank}: {name}"
+            )
+
+
+def test_a_training_of_two_processes_by_cached_gradients_is_that_of_one(
+    both: Results, folder: Path, scenes: Path, fresh_accelerator: None
+) -> None:
+    joint = pretrain(
+        scenes,
+        overrides=[*BARE, *WIDE],  # a batch of 16
+        output=folder / "joint",
+        progress=Progress(quiet=True),
+    )
+    for mine, other in zip(rows(folder / "cached"), rows(joint.run), strict=True):
+        assert mine["losses"] == pytest.approx(other["losses"], rel=1e-3)
+        assert mine["trivial"] == other["trivial"]
+        for key in ("step", "pairs", "epoch", "lr", "progress"):
+            assert mine[key] == other[key]
+    first, last = (
+        load_file(folder / "cached" / "model.safetensors"),
+        load_file(joint.run / "model.safetensors"),
+    )
+    for name, value in first.items():
+        torch.testing.assert_close(value, last[name], rtol=0.01, atol=2e-3)
 
 
 def test_both_processes_end_with_the_same_weights(both: Results, folder: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_training import QUIET, TINY, Heard, equal, rows, run, weights
+from tiny_training import BARE, QUIET, TINY, Heard, equal, rows, run, weights
 
 from vicvlm_cli.errors import UsageError, UserError
 from vicvlm_cli.workflows import loop
@@ -67,6 +67,33 @@ def test_a_resumed_run_ends_like_one_that_was_never_stopped(
     assert rows(parts.run)[-1]["losses"] == rows(whole.run)[-1]["losses"]
     assert {r.name: r.first for r in parts.losses} == {r.name: r.first for r in whole.losses}
     assert not (tmp_path / "parts" / "state").exists()
+
+
+@pytest.mark.parametrize("objective", ["vicvlm", "albef", "clip"])
+def test_a_resumed_run_caches_the_same_contrast(
+    objective: str, scenes: Path, tmp_path: Path
+) -> None:
+    # With dropout: each batch begins its own numbers, whatever came before it.
+    settings = (
+        f"pretrain.objective={objective}",
+        "pretrain.batch_size=8",
+        "pretrain.contrastive_batch=24",
+        "pretrain.epochs=3",
+        "model.text_dropout=0.2",
+        "data.crop_scale=0.6",
+    )
+    overrides = [*BARE, *settings]
+    whole = pretrain(scenes, overrides=overrides, output=tmp_path / "whole", progress=QUIET)
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(5, patch, ctrl_c)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(scenes, overrides=overrides, output=tmp_path / "parts", progress=QUIET)
+    heard = Heard()
+    parts = pretrain(scenes, resume=tmp_path / "parts", progress=heard)
+    assert f"resuming {tmp_path / 'parts'} at step 5" in heard.notes
+    assert (parts.steps, parts.pairs) == (whole.steps, whole.pairs) == (12, 288)
+    assert equal(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+    assert rows(parts.run)[-1]["losses"] == rows(whole.run)[-1]["losses"]
 
 
 def test_a_run_that_dies_goes_on_from_its_last_save(scenes: Path, tmp_path: Path) -> None:

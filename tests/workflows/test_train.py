@@ -11,18 +11,20 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_training import LOSSES, QUIET, Heard, equal, rows, run, weights
+from tiny_training import BARE, LOSSES, QUIET, Heard, equal, rows, run, weights
 from torch import Tensor
 
 from vicvlm_cli.checkpoint import load_model
 from vicvlm_cli.data.prepared import PreparedDataset
 from vicvlm_cli.errors import UserError
 from vicvlm_cli.objectives import losses
+from vicvlm_cli.objectives.cached import CachedContrast
+from vicvlm_cli.objectives.clip import CLIP
 from vicvlm_cli.objectives.vicvlm import VicVLM
 from vicvlm_cli.workflows import loop
 from vicvlm_cli.workflows.metrics import Metrics
 from vicvlm_cli.workflows.session import Session
-from vicvlm_cli.workflows.train import TrainResult, finetune
+from vicvlm_cli.workflows.train import TrainResult, finetune, pretrain
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
@@ -90,6 +92,72 @@ def test_accumulation_makes_fewer_larger_steps(
     assert counted.count("step") == counted.count("after_step") == steps
     assert result.pairs == steps * accumulate * 16  # the fourth goes on into the next epoch
     assert rows(result.run)[-1]["step"] == steps
+
+
+def test_cached_gradients_train_like_one_large_batch(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Crops and flips are drawn batch by batch: without them the pictures are the same.
+    clip = ["pretrain.objective=clip", "data.flip=false", "pretrain.validate_every=1"]
+    plain = [*BARE, *clip]
+    large = pretrain(
+        scenes, overrides=[*plain, "pretrain.batch_size=32"], output=tmp_path / "l", progress=QUIET
+    )
+    counted: list[str] = []
+    for owner, method in ((torch.optim.AdamW, "step"), (CLIP, "after_step"), (CLIP, "forward")):
+        monkeypatch.setattr(owner, method, counting(counted, method, getattr(owner, method)))
+    heard = Heard()
+    small = pretrain(
+        scenes,
+        overrides=[*plain, "pretrain.batch_size=8", "pretrain.contrastive_batch=32"],
+        output=tmp_path / "s",
+        progress=heard,
+    )
+    assert (small.steps, small.pairs) == (large.steps, large.pairs) == (6, 192)
+    assert counted.count("step") == counted.count("after_step") == 6
+    assert counted.count("forward") == 6 * 2 * 4  # twice each batch
+    assert any("6 steps of 32 pairs" in note for note in heard.notes)
+    for mine, other in zip(rows(small.run), rows(large.run), strict=True):
+        assert mine["losses"] == pytest.approx(other["losses"], rel=1e-3)
+        assert mine["trivial"] == other["trivial"]
+        for key in ("step", "pairs", "epoch", "lr", "progress"):
+            assert mine[key] == other[key]
+    assert [v["step"] for v in small.validation] == [v["step"] for v in large.validation] == [3, 6]
+    last = weights(large.run)
+    for name, value in weights(small.run).items():
+        torch.testing.assert_close(value, last[name], rtol=0.01, atol=2e-3)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_batch_is_the_same_both_times(
+    precision: str, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[Tensor, ...]] = []
+    real = CachedContrast.__call__
+
+    def call(self: CachedContrast, loss: Any, *given: Tensor) -> Any:
+        seen.append(tuple(x.detach() for x in given))
+        return real(self, loss, *given)
+
+    monkeypatch.setattr(CachedContrast, "__call__", call)
+    run(
+        scenes,
+        tmp_path / "run",
+        "pretrain.batch_size=8",
+        "pretrain.contrastive_batch=24",
+        "pretrain.epochs=1",
+        f"pretrain.precision={precision}",
+        "model.text_dropout=0.3",
+        "data.crop_scale=0.5",
+        "data.color_jitter=0.2",
+    )
+    assert len(seen) == 4 * 2 * 3
+    for first in range(0, len(seen), 6):
+        step = seen[first : first + 6]
+        for before, after in zip(step[:3], step[3:], strict=True):
+            for x, y in zip(before, after, strict=True):
+                torch.testing.assert_close(x, y, rtol=0, atol=1e-5)
+    assert not torch.allclose(seen[0][0], seen[6][0], atol=1e-3)
 
 
 def counting(counted: list[str], name: str, real: Callable[..., Any]) -> Callable[..., Any]:
@@ -219,6 +287,7 @@ def test_losses_come_in_on_schedule(scenes: Path, tmp_path: Path) -> None:
     [
         (["pretrain.batch_size=97"], "does not fill one batch of 97 x 1 processes"),
         (["pretrain.batch_size=1"], "too few other pictures to draw 1 hard negatives"),
+        (["pretrain.contrastive_batch=40"], "40, not a multiple of --batch-size, which is 16"),
         (["pretrain.objective=clib"], "there is no objective 'clib'"),
         (["pretrain.options.mask_block=3"], "mask_block=3 does not tile the grid of 4x4"),
         (["model.image_size=36"], "image_size=36 is not a multiple of .* patch of 8"),

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.state import AcceleratorState, GradientState
 from tiny import make_batch, make_model, make_tokenizer, teacher_weights
-from tiny_training import TINY
+from tiny_training import BARE, TINY
 from torch import Tensor
 from torch.multiprocessing.spawn import start_processes
 from torch.nn.parallel import DistributedDataParallel
@@ -22,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from vicvlm_cli.config import LossConfig, TrainConfig
 from vicvlm_cli.data.batches import Batch
 from vicvlm_cli.objectives import OBJECTIVES, create_objective
+from vicvlm_cli.objectives.cached import CachedContrast
 from vicvlm_cli.objectives.ranks import Noise, gather, gather_padded, global_mean
 from vicvlm_cli.objectives.vicreg import TERMS
 from vicvlm_cli.report.progress import Progress
@@ -51,6 +53,9 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "s_smke": ("s_smke", TEACHER, "shared"),
     "vicreg": ("clip", {"expander": 24}, "none"),
 }
+
+# Those of them whose contrast, over two batches of a step, equals that of one.
+CACHED = ("byol-concat", "clip", "siglip", "vsepp", "vse0", "albef", "s_smke", "vilt", "vicreg")
 
 
 def share(batch: Batch, rank: int) -> Batch:
@@ -104,6 +109,38 @@ def losses_and_gradients(case: str, rank: int | None) -> dict[str, Tensor]:
     return {**result, **{f"gradient.{k}": v for k, v in gradients.items()}}
 
 
+def contrast_by_cache(case: str, rank: int | None) -> dict[str, Tensor]:
+    """The contrast of a step in one process (None), or by cached gradients in two.
+
+    Each of the two has two batches of two rows.
+    """
+    objective = make_objective(case)
+    name = objective.LOSSES[0]
+    if rank is None:
+        values, _ = objective(joint_batch(), Noise(0, 0, CPU), set())
+        values[name].backward()
+        value = values[name].detach()
+    else:
+        # Rows 0, 1, 4, 5 and 2, 3, 6, 7 of the joint batch are two batches of two processes.
+        mine = share(joint_batch(), rank)
+        batches = [mine.rows(slice(0, 2)), mine.rows(slice(2, 4))]
+        wrapped = DistributedDataParallel(objective, find_unused_parameters=True)
+        parameters = [p for p in objective.parameters() if p.requires_grad]
+        cached = CachedContrast(2, parameters)
+        with torch.no_grad():
+            for batch in batches:
+                objective(batch, Noise(0, 0, CPU), set(), cached)
+        with wrapped.no_sync():
+            values, _ = wrapped(batches[0], Noise(0, 0, CPU), set(), cached)
+            (values[name] / 2).backward()
+        values, _ = wrapped(batches[1], Noise(0, 0, CPU), set(), cached)
+        (values[name] / 2).backward()
+        value = values[name].detach()
+    gradients = {k: p.grad for k, p in objective.named_parameters() if p.grad is not None}
+    # Of parameters that no contrast uses, DDP makes zeros.
+    return {"loss": value, **{k: g for k, g in gradients.items() if bool(g.any())}}
+
+
 def primitives(rank: int) -> dict[str, Tensor]:
     """Gathers of every type, of uneven lengths, with and without gradient."""
     x = torch.arange(3.0).add(10 * rank).requires_grad_()
@@ -129,6 +166,11 @@ def primitives(rank: int) -> dict[str, Tensor]:
     }
 
 
+# A training whose contrast is over 16 pairs, and how two processes of little memory get there.
+WIDE = ["pretrain.objective=clip", "data.flip=false", "pretrain.epochs=2"]
+WIDE_BATCH = ["pretrain.batch_size=4", "pretrain.contrastive_batch=8"]
+
+
 def training(data: Path, out: Path, settings: list[str]) -> dict[str, Tensor]:
     """A whole pretraining; the state of this process's objective at its end."""
     made: list[torch.nn.Module] = []
@@ -138,9 +180,7 @@ def training(data: Path, out: Path, settings: list[str]) -> dict[str, Tensor]:
         return made[0]
 
     setattr(train, "create_objective", create)  # noqa: B010
-    result = train.pretrain(
-        data, overrides=[*TINY, *settings], output=out, progress=Progress(quiet=True)
-    )
+    result = train.pretrain(data, overrides=settings, output=out, progress=Progress(quiet=True))
     state = {k: v.clone() for k, v in made[0].state_dict().items()}
     return {**state, "rerank_weight": torch.tensor(result.rerank_weight)}
 
@@ -153,8 +193,14 @@ def work(rank: int, data: Path, out: Path) -> None:
     results = {"primitives": primitives(rank)}
     for case in CASES:
         results[case] = losses_and_gradients(case, rank)
+    for case in CACHED:
+        results[f"cached.{case}"] = contrast_by_cache(case, rank)
     settings = json.loads((out / "settings.json").read_text())
-    results["training"] = training(data, out / "run", settings)
+    results["training"] = training(data, out / "run", [*TINY, *settings])
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    dist.init_process_group("gloo", f"file://{out / 'again'}", rank=rank, world_size=2)
+    training(data, out / "cached", [*BARE, *WIDE, *WIDE_BATCH])
     torch.save(results, out / f"{rank}.pt")
 
 

@@ -5,7 +5,8 @@ An objective is a module that owns the model: ``__init__(model, tokenizer, confi
 and the trivial value of each, and ``after_step()``, called once an optimiser step. ``RECIPE`` is
 the settings that make the method: its fusion, its losses and how it is fine-tuned. They are laid
 over a preset where the method is asked for by name. ``MODEL`` is the kind of model that it trains,
-where that is not any :class:`VLM`.
+where that is not any :class:`VLM`. Where ``CACHES_CONTRAST`` is true, ``forward`` also takes a
+:class:`~vicvlm_cli.objectives.cached.CachedContrast`, and contrasts all batches of a step.
 """
 
 from __future__ import annotations
@@ -75,6 +76,11 @@ def create_objective(model: RetrievalModel, tokenizer: Tokenizer, config: TrainC
         raise UsageError(
             f"{config.objective} cannot train a model of model.fusion={model.config.fusion}: leave "
             "model.fusion to the method, or fine-tune with the objective that the checkpoint has"
+        )
+    if config.caches_contrast and not getattr(objective, "CACHES_CONTRAST", False):
+        raise UsageError(
+            f"{config.objective} has no contrast of features that --contrastive-batch can take "
+            "over several batches: leave it out, and raise --batch-size instead"
         )
     known = tuple(dict.fromkeys([*objective.LOSSES, *TERMS]))
     for name in config.losses:

@@ -15,6 +15,7 @@ from vicvlm_cli.errors import UsageError
 from vicvlm_cli.model.vlm import VLM, Encoded
 from vicvlm_cli.objectives import losses
 from vicvlm_cli.objectives.alignment import Contrast, clamp_temperature, match, require_matching
+from vicvlm_cli.objectives.cached import CachedContrast, over_step
 from vicvlm_cli.objectives.heads import MLMHead
 from vicvlm_cli.objectives.masked_language import hide_words, token_kinds
 from vicvlm_cli.objectives.masking import replace_hidden
@@ -36,6 +37,7 @@ class ALBEF(nn.Module):
     """
 
     LOSSES = ("itc", "itm", "mlm")
+    CACHES_CONTRAST: ClassVar[bool] = True
     RECIPE: ClassVar[dict[str, Any]] = {
         "model": {"fusion": "cross_attention"},
         "pretrain": {"losses": {"itc": {}, "itm": {}, "mlm": {}}},
@@ -101,7 +103,13 @@ class ALBEF(nn.Module):
             return self.config.alpha
         return self.config.alpha * min(1.0, int(self.steps) / self.config.alpha_steps)
 
-    def forward(self, batch: Batch, noise: Noise, active: Set[str]) -> Losses:
+    def forward(
+        self,
+        batch: Batch,
+        noise: Noise,
+        active: Set[str],
+        cached: CachedContrast | None = None,
+    ) -> Losses:
         """Raw losses named in ``active`` (ITC always), and the trivial value of each."""
         model, number = self.model, self.config.itm_negatives
         image = model.encode_image(batch.image)
@@ -109,9 +117,16 @@ class ALBEF(nn.Module):
         with torch.no_grad():
             image_m = self._momentum.encode_image(batch.image)
             text_m = self._momentum.encode_text(batch.input_ids, batch.attention_mask)
-        contrasted = self._contrast(image, text, image_m, text_m, gather(batch.image_id))
-        values, trivial = {"itc": contrasted.loss}, {"itc": contrasted.trivial}
+        images, texts = image.features.float(), text.features.float()
+        rows = images, texts, image_m.features.float(), text_m.features.float(), batch.image_id
+        loss, guess = over_step(self._contrast, *rows, cached=cached)
+        values, trivial = {"itc": loss}, {"itc": guess}
         if "itm" in active:
+            images, texts = gather(images), gather(texts)
+            with torch.no_grad():
+                similarity = model.logit_scale.exp() * images @ texts.T  # [G, G]
+            ids = gather(batch.image_id)
+            contrasted = Contrast(loss, guess, similarity, ids, images, texts)
             values["itm"], _ = match(model, image, text, contrasted, noise, number)
             trivial["itm"] = torch.tensor(losses.itm_base_rate(2 * number))
         if "mlm" in active:
@@ -140,11 +155,12 @@ class ALBEF(nn.Module):
         return model
 
     def _contrast(
-        self, image: Encoded, text: Encoded, image_m: Encoded, text_m: Encoded, image_id: Tensor
-    ) -> Contrast:
-        """ITC both ways against batch and queue, and what equal similarities would score."""
-        images, texts = gather(image.features.float()), gather(text.features.float())  # [G, P]
-        images_m, texts_m = gather(image_m.features.float()), gather(text_m.features.float())
+        self, images: Tensor, texts: Tensor, images_m: Tensor, texts_m: Tensor, image_id: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """ITC of features [G, P] both ways against batch and queue, and that of a constant guess.
+
+        The momentum model's, ``images_m`` and ``texts_m``, wait for the queues.
+        """
         (old_images, old_id), (old_texts, _) = self.image_queue.filled(), self.text_queue.filled()
         same = image_id[:, None] == torch.cat([image_id, old_id])[None, :]  # [G, G + K]
         scale, alpha = self.model.logit_scale.exp(), self.alpha
@@ -160,9 +176,7 @@ class ALBEF(nn.Module):
             total = total + losses.divergence_sum(scale * query @ candidates.T, target)
         if self.training:
             self._pending.append((images_m, texts_m, image_id))
-        similarity = scale.detach() * images.detach() @ texts.detach().T  # [G, G]
-        loss, guess = total / (2 * len(image_id)), guess / (2 * len(image_id))
-        return Contrast(loss, guess, similarity, image_id, images, texts)
+        return total / (2 * len(image_id)), guess / (2 * len(image_id))
 
     def _mlm(
         self, batch: Batch, image: Encoded, image_m: Encoded, noise: Noise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from vicvlm_cli.data.batches import Batch
 from vicvlm_cli.errors import UsageError
 from vicvlm_cli.model.vlm import VLM, Encoded, RetrievalModel
 from vicvlm_cli.objectives import losses
+from vicvlm_cli.objectives.cached import CachedContrast
 from vicvlm_cli.objectives.ranks import Noise, gather, gather_padded, rank, world_size
 
 
@@ -29,25 +31,58 @@ class Contrast(NamedTuple):
     text_features: Tensor
 
 
-def contrast(model: RetrievalModel, image: Encoded, text: Encoded, batch: Batch) -> Contrast:
+def contrast(
+    model: RetrievalModel,
+    image: Encoded,
+    text: Encoded,
+    batch: Batch,
+    cached: CachedContrast | None = None,
+) -> Contrast:
     """Symmetric InfoNCE over the batches of all processes, with the true gradient.
+
+    With ``cached``, the loss and its trivial value are over all batches of the step; all else is
+    of this one.
+    """
+    rows = contrasted_rows(model, image, text, batch)
+    here = info_nce(model.logit_scale, *(gather(x) for x in rows))
+    if cached is None:
+        return here
+    loss, trivial = cached(partial(info_nce, model.logit_scale), *rows)
+    return here._replace(loss=loss, trivial=trivial)
+
+
+def contrasted_rows(
+    model: RetrievalModel, image: Encoded, text: Encoded, batch: Batch
+) -> list[Tensor]:
+    """What :func:`info_nce` needs of a batch: its rows.
 
     Further captions that the batch has of its pictures are contrasted too. An image pass costs
     many times a caption's, and each caption of a picture says something else of it.
     """
-    image_features, text_features = gather(image.features.float()), gather(text.features.float())
-    scale = model.logit_scale.exp()
-    similarity = scale * image_features @ text_features.T  # [G, G]
-    ids = gather(batch.image_id)
-    whole = similarity
+    rows = [image.features.float(), text.features.float(), batch.image_id]
     if batch.more_ids is not None and batch.more_mask is not None:
         flat = model.encode_text(batch.more_ids.flatten(0, 1), batch.more_mask.flatten(0, 1))
-        more = flat.features.float().view(*batch.more_ids.shape[:2], -1)  # [B, E, P]
-        each = gather(more).unbind(1)
-        whole = torch.cat([similarity, *(scale * image_features @ x.T for x in each)], dim=1)
-    loss = losses.itc(whole, ids)
-    trivial = losses.itc_trivial(len(ids), whole.shape[1])
-    return Contrast(loss, trivial, similarity, ids, image_features, text_features)
+        rows.append(flat.features.float().view(*batch.more_ids.shape[:2], -1))
+    return rows
+
+
+def info_nce(
+    log_scale: Tensor,
+    image_features: Tensor,
+    text_features: Tensor,
+    image_id: Tensor,
+    more: Tensor | None = None,
+) -> Contrast:
+    """Symmetric InfoNCE of pictures and captions [G, P], and of ``more`` captions [G, E, P]."""
+    scale = log_scale.exp()
+    similarity = scale * image_features @ text_features.T  # [G, G]
+    whole = similarity
+    if more is not None:
+        each = (scale * image_features @ x.T for x in more.unbind(1))
+        whole = torch.cat([similarity, *each], dim=1)
+    loss = losses.itc(whole, image_id)
+    trivial = losses.itc_trivial(len(image_id), whole.shape[1])
+    return Contrast(loss, trivial, similarity, image_id, image_features, text_features)
 
 
 def match(

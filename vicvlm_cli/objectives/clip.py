@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vicvlm_cli.data.batches import Batch
 from vicvlm_cli.data.tokenizer import Tokenizer
@@ -15,7 +15,8 @@ from vicvlm_cli.errors import UsageError
 from vicvlm_cli.model.vlm import VLM
 from vicvlm_cli.objectives import losses
 from vicvlm_cli.objectives.alignment import clamp_temperature, contrast
-from vicvlm_cli.objectives.ranks import Noise, gather
+from vicvlm_cli.objectives.cached import CachedContrast, over_step
+from vicvlm_cli.objectives.ranks import Noise
 from vicvlm_cli.objectives.retrieval import Losses
 
 
@@ -27,6 +28,7 @@ class CLIP(nn.Module):
     """
 
     LOSSES = ("itc",)
+    CACHES_CONTRAST: ClassVar[bool] = True
     RECIPE: ClassVar[dict[str, Any]] = {
         "model": {"fusion": "none"},
         "pretrain": {"losses": {"itc": {}}},
@@ -48,19 +50,29 @@ class CLIP(nn.Module):
         # score alike and changes no ranking, so it is no part of the model.
         self.bias = nn.Parameter(torch.tensor(-10.0)) if config.loss == "sigmoid" else None
 
-    def forward(self, batch: Batch, noise: Noise, active: Set[str]) -> Losses:
+    def forward(
+        self,
+        batch: Batch,
+        noise: Noise,
+        active: Set[str],
+        cached: CachedContrast | None = None,
+    ) -> Losses:
         """The contrastive loss of the global batch, and what a constant guess gives."""
         image = self.model.encode_image(batch.image)
         text = self.model.encode_text(batch.input_ids, batch.attention_mask)
         if self.bias is None:
-            contrasted = contrast(self.model, image, text, batch)
+            contrasted = contrast(self.model, image, text, batch, cached)
             return {"itc": contrasted.loss}, {"itc": contrasted.trivial}
-        cosine = gather(image.features.float()) @ gather(text.features.float()).T  # [G, G]
-        logits = self.model.logit_scale.exp() * cosine + self.bias
-        image_id = gather(batch.image_id)
+        rows = image.features.float(), text.features.float(), batch.image_id
+        loss, guess = over_step(self._sigmoid, *rows, cached=cached)
+        return {"itc": loss}, {"itc": guess}
+
+    def _sigmoid(self, images: Tensor, texts: Tensor, image_id: Tensor) -> tuple[Tensor, Tensor]:
+        """SigLIP's loss of features [G, P], and that of the best constant guess."""
+        assert self.bias is not None
+        logits = self.model.logit_scale.exp() * (images @ texts.T) + self.bias  # [G, G]
         same = image_id[:, None] == image_id[None, :]
-        guess = losses.sigmoid_base_rate(same)
-        return {"itc": losses.sigmoid(logits, same)}, {"itc": guess}
+        return losses.sigmoid(logits, same), losses.sigmoid_base_rate(same)
 
     def after_step(self) -> None:
         """Bound the temperature; once an optimiser step."""

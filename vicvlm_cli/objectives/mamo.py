@@ -16,6 +16,7 @@ from vicvlm_cli.errors import UsageError
 from vicvlm_cli.model.vlm import VLM, Encoded
 from vicvlm_cli.objectives import losses
 from vicvlm_cli.objectives.alignment import clamp_temperature, contrast, match, require_matching
+from vicvlm_cli.objectives.cached import CachedContrast
 from vicvlm_cli.objectives.heads import MLMHead
 from vicvlm_cli.objectives.masked_language import hide_words, positions, token_kinds, word_loss
 from vicvlm_cli.objectives.masking import check_block, mask_patches
@@ -44,6 +45,7 @@ class MAMO(nn.Module):
     """
 
     LOSSES = ("itc", "itm", "mlm", "mim", "mrm")
+    CACHES_CONTRAST: ClassVar[bool] = True
     RECIPE: ClassVar[dict[str, Any]] = {
         "model": {"fusion": "concat"},
         "pretrain": {"losses": {"itc": {}, "itm": {}, "mlm": {}, "mim": {}, "mrm": {}}},
@@ -110,12 +112,18 @@ class MAMO(nn.Module):
     continuation: Tensor
     token_counts: Tensor
 
-    def forward(self, batch: Batch, noise: Noise, active: Set[str]) -> Losses:
+    def forward(
+        self,
+        batch: Batch,
+        noise: Noise,
+        active: Set[str],
+        cached: CachedContrast | None = None,
+    ) -> Losses:
         """Raw losses named in ``active`` (ITC always), and the trivial value of each."""
         model, number = self.model, self.config.itm_negatives
         image = model.encode_image(batch.image)
         text = model.encode_text(batch.input_ids, batch.attention_mask)
-        contrasted = contrast(model, image, text, batch)
+        contrasted = contrast(model, image, text, batch, cached)
         values = {"itc": contrasted.loss}
         trivial = {"itc": contrasted.trivial}
         if "itm" in active:

@@ -79,6 +79,15 @@ def global_mean(total: Tensor, count: Tensor | int) -> Tensor:
     return total * world_size() / counts.clamp(min=1)
 
 
+def seed_modules(seed: int, step: int) -> None:
+    """Begin anew what modules draw by themselves, such as dropout; as :class:`Noise`, by a step.
+
+    Every process draws other numbers.
+    """
+    mixed = np.random.SeedSequence((seed, step, 1 + rank())).generate_state(1, np.uint64)
+    torch.manual_seed(int(mixed[0]))
+
+
 class Noise:
     """Random numbers of one step, drawn for the global batch: each process takes its own rows.
 

@@ -14,6 +14,7 @@ from vicvlm_cli.data.tokenizer import Tokenizer
 from vicvlm_cli.model.vlm import VLM
 from vicvlm_cli.objectives import losses
 from vicvlm_cli.objectives.alignment import clamp_temperature, contrast, match, require_matching
+from vicvlm_cli.objectives.cached import CachedContrast
 from vicvlm_cli.objectives.ranks import Noise
 
 Losses = tuple[dict[str, Tensor], dict[str, Tensor]]
@@ -23,6 +24,7 @@ class Retrieval(nn.Module):
     """ITC + ITM with in-batch hard negatives (ALBEF, arXiv 2107.07651, sec. 3.2)."""
 
     LOSSES = ("itc", "itm")
+    CACHES_CONTRAST: ClassVar[bool] = True
     RECIPE: ClassVar[dict[str, Any]] = {
         "pretrain": {"losses": {"itc": {}, "itm": {}}},
         "finetune": {"objective": "retrieval", "losses": {"itc": {}, "itm": {}}},
@@ -39,11 +41,17 @@ class Retrieval(nn.Module):
         require_matching(model, "retrieval")
         self.model, self.config = model, config
 
-    def forward(self, batch: Batch, noise: Noise, active: Set[str]) -> Losses:
+    def forward(
+        self,
+        batch: Batch,
+        noise: Noise,
+        active: Set[str],
+        cached: CachedContrast | None = None,
+    ) -> Losses:
         """Raw losses named in ``active``, and the trivial value of each."""
         image = self.model.encode_image(batch.image)
         text = self.model.encode_text(batch.input_ids, batch.attention_mask)
-        contrasted = contrast(self.model, image, text, batch)
+        contrasted = contrast(self.model, image, text, batch, cached)
         values = {"itc": contrasted.loss}
         trivial = {"itc": contrasted.trivial}
         if "itm" in active:

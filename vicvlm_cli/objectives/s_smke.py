@@ -18,7 +18,8 @@ from vicvlm_cli.data.tokenizer import Tokenizer
 from vicvlm_cli.errors import UsageError, UserError
 from vicvlm_cli.model.vlm import VLM, Encoded
 from vicvlm_cli.objectives import losses
-from vicvlm_cli.objectives.alignment import clamp_temperature, contrast
+from vicvlm_cli.objectives.alignment import clamp_temperature, contrasted_rows, info_nce
+from vicvlm_cli.objectives.cached import CachedContrast, over_step
 from vicvlm_cli.objectives.queue import FeatureQueue
 from vicvlm_cli.objectives.ranks import Noise, gather
 from vicvlm_cli.objectives.retrieval import Losses
@@ -98,6 +99,7 @@ class SSMKE(nn.Module):
     """
 
     LOSSES = ("itc", "kd")
+    CACHES_CONTRAST: ClassVar[bool] = True
     RECIPE: ClassVar[dict[str, Any]] = {
         "model": {"fusion": "shared"},
         "pretrain": {"losses": {"itc": {}, "kd": {}}},
@@ -141,24 +143,33 @@ class SSMKE(nn.Module):
         self.bank = FeatureQueue(config.bank_size, self.teacher.width)
         self._pending: list[tuple[Tensor, Tensor]] = []  # of this step, for the bank at its end
 
-    def forward(self, batch: Batch, noise: Noise, active: Set[str]) -> Losses:
+    def forward(
+        self,
+        batch: Batch,
+        noise: Noise,
+        active: Set[str],
+        cached: CachedContrast | None = None,
+    ) -> Losses:
         """Raw losses named in ``active`` (ITC always), and the trivial value of each."""
         image = self.model.encode_image(batch.image)
         text = self.model.encode_text(batch.input_ids, batch.attention_mask)
-        final = contrast(self.model, image, text, batch)
         assert image.attended is not None and text.attended is not None
         first = F.normalize(self.image_head(image.attended), dim=-1)
         second = F.normalize(self.text_head(text.attended), dim=-1)
-        similarity = (
-            self.attended_scale.exp() * gather(first.float()) @ gather(second.float()).T
-        )  # [G, G]
-        attended = losses.itc(similarity, final.image_id)
-        values = {"itc": (final.loss + attended) / 2}
-        guess = losses.itc_trivial(len(final.image_id), len(final.image_id))
-        trivial = {"itc": (final.trivial + guess) / 2}
+        final = contrasted_rows(self.model, image, text, batch)
+        loss, guess = over_step(
+            self._contrast, first.float(), second.float(), *final, cached=cached
+        )
+        values, trivial = {"itc": loss}, {"itc": guess}
         if "kd" in active:
             values["kd"], trivial["kd"] = self._distil(batch, image, text)
         return values, trivial
+
+    def _contrast(self, images: Tensor, texts: Tensor, *final: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean ITC of attended features [G, P] and of ``final`` rows, and its trivial value."""
+        a = info_nce(self.model.logit_scale, *final)
+        b = info_nce(self.attended_scale, images, texts, final[2])
+        return (a.loss + b.loss) / 2, (a.trivial + b.trivial) / 2
 
     def _distil(self, batch: Batch, image: Encoded, text: Encoded) -> tuple[Tensor, Tensor]:
         image_id = gather(batch.image_id)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import Any, ClassVar
-
-from torch import Tensor
 
 from vicvlm_cli.data.batches import Batch
 from vicvlm_cli.model.late_interaction import LateInteraction
-from vicvlm_cli.objectives.ranks import gather, gather_padded
+from vicvlm_cli.objectives.cached import CachedContrast
+from vicvlm_cli.objectives.ranks import Noise, gather, gather_padded
+from vicvlm_cli.objectives.retrieval import Losses
 from vicvlm_cli.objectives.vsepp import VSEPP
 
 
@@ -16,6 +17,7 @@ class SCAN(VSEPP):
     """VSE++'s loss, warm start included, on stacked cross attention (SCAN, 1803.08024, eq. 8)."""
 
     MODEL = LateInteraction
+    CACHES_CONTRAST = False  # what it compares is every word and patch, not features
     RECIPE: ClassVar[dict[str, Any]] = {
         "model": {"fusion": "stacked_attention"},
         "pretrain": {"losses": {"hinge": {}}},
@@ -26,8 +28,14 @@ class SCAN(VSEPP):
         },
     }
 
-    def similarity(self, batch: Batch) -> Tensor:
-        """Of all pictures of the global batch with all captions, [G, G], pictures in rows."""
+    def forward(
+        self,
+        batch: Batch,
+        noise: Noise,
+        active: Set[str],
+        cached: CachedContrast | None = None,
+    ) -> Losses:
+        """The hinge of the global batch, and its value where all similarities are equal."""
         model = self.model
         assert isinstance(model, LateInteraction)
         image = model.encode_image(batch.image)
@@ -35,4 +43,6 @@ class SCAN(VSEPP):
         assert text.mask is not None
         # Each process compares its own pictures with the captions of all.
         everyone = text._replace(tokens=gather_padded(text.tokens), mask=gather_padded(text.mask))
-        return gather(model.match_all(image, everyone))
+        similarity = gather(model.match_all(image, everyone))  # [G, G]
+        loss, trivial = self.hinge(similarity, gather(batch.image_id))
+        return {"hinge": loss}, {"hinge": trivial}

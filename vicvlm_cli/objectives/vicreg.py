@@ -95,10 +95,13 @@ class WithVICReg(nn.Module):
 
         return keep
 
-    def forward(self, batch: Batch, noise: Noise, active: Set[str]) -> Losses:
-        """The objective's losses in ``active`` and VICReg's, each with its trivial value."""
+    def forward(self, batch: Batch, noise: Noise, active: Set[str], *cached: Any) -> Losses:
+        """The objective's losses in ``active`` and VICReg's, each with its trivial value.
+
+        ``cached`` is the objective's own; VICReg's terms are of one batch.
+        """
         self._seen.clear()
-        values, trivial = self.objective(batch, noise, active - set(TERMS))
+        values, trivial = self.objective(batch, noise, active - set(TERMS), *cached)
         if not active.isdisjoint(TERMS):
             if any(x.dim() != 2 for x in self._seen.values()):
                 raise UsageError(

@@ -18,6 +18,7 @@ from vicvlm_cli.errors import UsageError
 from vicvlm_cli.model.vlm import VLM, Encoded
 from vicvlm_cli.objectives import losses
 from vicvlm_cli.objectives.alignment import clamp_temperature, contrast, match, require_matching
+from vicvlm_cli.objectives.cached import CachedContrast
 from vicvlm_cli.objectives.heads import JointPatchHead, MLMHead, PatchPredictor
 from vicvlm_cli.objectives.masked_language import hide_words, positions, token_kinds, word_loss
 from vicvlm_cli.objectives.masking import check_block, mask_patches
@@ -45,6 +46,7 @@ class VicVLM(nn.Module):
 
     LOSSES = ("itc", "itm", "mim", "joint_mim", "mlm", "variance", "covariance", "invariance")
     # Small weights, and ITC first: with all at 1 from the start, short trainings learn nothing.
+    CACHES_CONTRAST: ClassVar[bool] = True
     RECIPE: ClassVar[dict[str, Any]] = {
         "pretrain": {
             "losses": {
@@ -119,12 +121,18 @@ class VicVLM(nn.Module):
     continuation: Tensor
     token_counts: Tensor
 
-    def forward(self, batch: Batch, noise: Noise, active: Set[str]) -> Losses:
+    def forward(
+        self,
+        batch: Batch,
+        noise: Noise,
+        active: Set[str],
+        cached: CachedContrast | None = None,
+    ) -> Losses:
         """Raw losses named in ``active`` (ITC always), and the trivial value of each."""
         model, number = self.model, self.config.itm_negatives
         image = model.encode_image(batch.image)
         text = model.encode_text(batch.input_ids, batch.attention_mask)
-        contrasted = contrast(model, image, text, batch)
+        contrasted = contrast(model, image, text, batch, cached)
         values = {"itc": contrasted.loss}
         trivial = {"itc": contrasted.trivial}
         clean: Tensor | None = None

@@ -17,6 +17,7 @@ from vicvlm_cli.model.single_stream import SingleStream
 from vicvlm_cli.model.vlm import Encoded
 from vicvlm_cli.objectives import losses
 from vicvlm_cli.objectives.alignment import clamp_temperature, contrast
+from vicvlm_cli.objectives.cached import CachedContrast
 from vicvlm_cli.objectives.heads import MLMHead
 from vicvlm_cli.objectives.masked_language import hide_words, token_kinds, word_loss
 from vicvlm_cli.objectives.ranks import Noise, gather, gather_padded, rank
@@ -36,6 +37,7 @@ class ViLT(nn.Module):
 
     LOSSES: tuple[str, ...] = ("itc", "itm", "mlm", "wpa")
     MODEL = SingleStream
+    CACHES_CONTRAST: ClassVar[bool] = True
     RECIPE: ClassVar[dict[str, Any]] = {
         "model": {"fusion": "single_stream"},
         "pretrain": {"losses": {"itc": {}, "itm": {}, "mlm": {}, "wpa": {"weight": 0.1}}},
@@ -69,12 +71,18 @@ class ViLT(nn.Module):
     continuation: Tensor
     token_counts: Tensor
 
-    def forward(self, batch: Batch, noise: Noise, active: Set[str]) -> Losses:
+    def forward(
+        self,
+        batch: Batch,
+        noise: Noise,
+        active: Set[str],
+        cached: CachedContrast | None = None,
+    ) -> Losses:
         """Raw losses named in ``active`` (ITC always), and the trivial value of each."""
         model = self.model
         image = model.encode_image(batch.image)
         text = model.encode_text(batch.input_ids, batch.attention_mask)
-        contrasted = contrast(model, image, text, batch)
+        contrasted = contrast(model, image, text, batch, cached)
         values, trivial = {"itc": contrasted.loss}, {"itc": contrasted.trivial}
         if "itm" in active or "wpa" in active:
             matched, guesses = match_half(model, image, text, contrasted.image_id, noise)
@@ -153,6 +161,7 @@ class ViLTRanking(nn.Module):
 
     LOSSES: tuple[str, ...] = ("itc", "ranking", "itm")
     MODEL = SingleStream
+    CACHES_CONTRAST: ClassVar[bool] = True
     RECIPE: ClassVar[dict[str, Any]] = {
         "model": {"fusion": "single_stream"},
         "pretrain": {"losses": {"itc": {}, "ranking": {}, "itm": {"weight": 0.5}}},
@@ -171,12 +180,18 @@ class ViLTRanking(nn.Module):
             raise UsageError(f"options.negatives is {config.negatives}, and must be above 0")
         self.model, self.config = model, config
 
-    def forward(self, batch: Batch, noise: Noise, active: Set[str]) -> Losses:
+    def forward(
+        self,
+        batch: Batch,
+        noise: Noise,
+        active: Set[str],
+        cached: CachedContrast | None = None,
+    ) -> Losses:
         """Raw losses named in ``active`` (ITC always), and the trivial value of each."""
         model = self.model
         image = model.encode_image(batch.image)
         text = model.encode_text(batch.input_ids, batch.attention_mask)
-        contrasted = contrast(model, image, text, batch)
+        contrasted = contrast(model, image, text, batch, cached)
         values, trivial = {"itc": contrasted.loss}, {"itc": contrasted.trivial}
         if "ranking" in active:
             ranking, number = self._rank(image, text, contrasted.image_id, noise)

@@ -13,7 +13,8 @@ from vicvlm_cli.data.batches import Batch
 from vicvlm_cli.data.tokenizer import Tokenizer
 from vicvlm_cli.model.vlm import VLM
 from vicvlm_cli.objectives import losses
-from vicvlm_cli.objectives.ranks import Noise, gather
+from vicvlm_cli.objectives.cached import CachedContrast, over_step
+from vicvlm_cli.objectives.ranks import Noise
 from vicvlm_cli.objectives.retrieval import Losses
 
 
@@ -25,6 +26,7 @@ class VSEPP(nn.Module):
     """
 
     LOSSES = ("hinge",)
+    CACHES_CONTRAST: ClassVar[bool] = True
     RECIPE: ClassVar[dict[str, Any]] = {
         "model": {"fusion": "none"},
         "pretrain": {"losses": {"hinge": {}}},
@@ -50,19 +52,31 @@ class VSEPP(nn.Module):
 
     steps: Tensor
 
-    def forward(self, batch: Batch, noise: Noise, active: Set[str]) -> Losses:
+    def forward(
+        self,
+        batch: Batch,
+        noise: Noise,
+        active: Set[str],
+        cached: CachedContrast | None = None,
+    ) -> Losses:
         """The hinge of the global batch, and its value where all similarities are equal."""
-        similarity = self.similarity(batch)
-        hardest = int(self.steps) >= self.config.mean_steps
-        margin = self.config.margin
-        loss = losses.hinge(similarity, gather(batch.image_id), margin, hardest)
-        return {"hinge": loss}, {"hinge": torch.tensor(2 * margin)}
-
-    def similarity(self, batch: Batch) -> Tensor:
-        """Of all pictures of the global batch with all captions, [G, G], pictures in rows."""
         image = self.model.encode_image(batch.image)
         text = self.model.encode_text(batch.input_ids, batch.attention_mask)
-        return gather(image.features.float()) @ gather(text.features.float()).T
+        rows = image.features.float(), text.features.float(), batch.image_id
+        loss, trivial = over_step(self._of_features, *rows, cached=cached)
+        return {"hinge": loss}, {"hinge": trivial}
+
+    def _of_features(
+        self, images: Tensor, texts: Tensor, image_id: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The loss of features [G, P]."""
+        return self.hinge(images @ texts.T, image_id)
+
+    def hinge(self, similarity: Tensor, image_id: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of [G, G] similarities, pictures in rows, and what equal ones would give."""
+        hardest = int(self.steps) >= self.config.mean_steps
+        margin = self.config.margin
+        return losses.hinge(similarity, image_id, margin, hardest), torch.tensor(2 * margin)
 
     def after_step(self) -> None:
         """Count; once an optimiser step."""

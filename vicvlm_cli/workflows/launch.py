@@ -61,7 +61,7 @@ def make_accelerator(config: TrainConfig, track: str, run: Path) -> Accelerator:
         accelerator = Accelerator(
             cpu=PartialState().device.type == "cpu",
             mixed_precision=precision,
-            gradient_accumulation_steps=config.accumulate,
+            gradient_accumulation_steps=config.step_batches,
             log_with=None if track == "none" else track,
             project_dir=str(run),
             # Losses come and go with their schedule, and their heads with them.

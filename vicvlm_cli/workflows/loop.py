@@ -9,8 +9,9 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,8 +25,9 @@ from vicvlm_cli.data.batches import Batch, Plan, batches
 from vicvlm_cli.data.prepared import Split
 from vicvlm_cli.data.tokenizer import Tokenizer
 from vicvlm_cli.data.transforms import color_jitter, random_crop
-from vicvlm_cli.objectives.ranks import Noise
+from vicvlm_cli.objectives.ranks import Noise, seed_modules
 from vicvlm_cli.report.progress import Progress
+from vicvlm_cli.workflows.inputs import Input, cached_inputs, plain_inputs
 from vicvlm_cli.workflows.launch import make_rows
 from vicvlm_cli.workflows.metrics import LOG_STEPS, Metrics
 
@@ -75,7 +77,7 @@ def lr_factor(progress: float, config: TrainConfig) -> float:
 
 def total_steps(plan: Plan, config: TrainConfig) -> int:
     """Optimiser steps of the whole run."""
-    return max(1, math.ceil(config.epochs * plan.batches / config.accumulate))
+    return max(1, math.ceil(config.epochs * plan.batches / config.step_batches))
 
 
 def clock_of(config: TrainConfig) -> Callable[[], float]:
@@ -120,7 +122,7 @@ def run_loop(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     steps = total_steps(plan, config)
     rows = make_rows(accelerator, model, data, split, tokenizer, progress)
-    checks = max(1, round(config.validate_every * plan.batches / config.accumulate))
+    checks = max(1, round(config.validate_every * plan.batches / config.step_batches))
     clock = clock_of(config)
     began = last_flush = last_state = clock()
     began -= position.seconds
@@ -138,23 +140,38 @@ def run_loop(
             share = agreed(max(share, (clock() - began) / (60 * config.max_minutes)))
         return min(share, 1.0)
 
+    def ready(batch: Batch, number: int) -> tuple[Batch, Noise]:
+        """The run's ``number``-th batch on the device and augmented, and its noise."""
+        noise = Noise(config.seed, number, accelerator.device)
+        if config.caches_contrast:  # it comes twice, to the same dropout
+            seed_modules(config.seed, number)
+        batch = batch.to(accelerator.device)
+        batch.image = augment(batch, model.config.image_size, data, noise)
+        return batch, noise
+
+    inputs: Callable[..., Iterator[Input]] = plain_inputs
+    if config.caches_contrast:
+        inputs = partial(
+            cached_inputs,
+            batches=config.step_batches,
+            parameters=parameters,
+            objective=accelerator.unwrap_model(objective),
+        )
     pin = accelerator.device.type == "cuda"
     objective.train()
     stopping = _StopAtStep(enabled=accelerator.num_processes == 1)
-    goal = steps * config.accumulate * per_batch
+    goal = steps * config.step_batches * per_batch
     with stopping, progress.bar("training", total=goal, unit="pairs") as bar:
         bar.advance(position.pairs)
-        micro = position.step * config.accumulate
+        micro = position.step * config.step_batches
         share = done()
         if share < 1:
-            for batch in batches(rows, plan, micro, workers=data.workers, pin=pin):
-                noise = Noise(config.seed, micro, accelerator.device)
-                batch = batch.to(accelerator.device)
-                batch.image = augment(batch, model.config.image_size, data, noise)
+            source = partial(batches, rows, plan, micro, workers=data.workers, pin=pin)
+            for batch, noise, cached in inputs(source(), micro, ready):
                 weights = {k: v.at(share, position.step) for k, v in config.losses.items()}
                 active = {name for name, weight in weights.items() if weight > 0}
                 with accelerator.accumulate(objective):
-                    values, trivial = objective(batch, noise, active)
+                    values, trivial = objective(batch, noise, active, *cached)
                     # With those of weight 0, or processes would wait for their gradients in vain.
                     total = torch.stack([weights.get(k, 0.0) * v for k, v in values.items()])
                     accelerator.backward(total.sum())

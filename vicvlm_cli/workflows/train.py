@@ -260,7 +260,7 @@ def _say_what(job: Job, accelerator: Accelerator, plan: Plan, progress: Progress
     processes = accelerator.num_processes
     progress.say(
         f"training {job.train.objective}: {size:.1f} M parameters, {steps:,} steps of "
-        f"{plan.batch_size * processes * job.train.accumulate} pairs, {accelerator.device.type} "
+        f"{plan.batch_size * processes * job.train.step_batches} pairs, {accelerator.device.type} "
         f"{accelerator.mixed_precision}, {processes} process{'es' * (processes > 1)}, in {job.run}"
     )
 
