@@ -129,6 +129,7 @@ def pretrain(
     output: o.RunFolder = None,
     resume: o.Resume = None,
     track: o.Track = "none",
+    profile: o.Profile = None,
     as_json: o.AsJson = False,
 ) -> None:
     """Train a model on a prepared data set, by default with VicVLM."""
@@ -156,6 +157,7 @@ def pretrain(
         output=output,
         resume=resume,
         track=track,
+        profile=profile,
         progress=progress,
     )
     remember("checkpoint", result.checkpoint, progress)
@@ -177,6 +179,7 @@ def finetune(
     output: o.RunFolder = None,
     resume: o.Resume = None,
     track: o.Track = "none",
+    profile: o.Profile = None,
     as_json: o.AsJson = False,
 ) -> None:
     """Fine-tune a checkpoint for retrieval, keeping the best."""
@@ -201,6 +204,7 @@ def finetune(
         output=output,
         resume=resume,
         track=track,
+        profile=profile,
         progress=progress,
     )
     remember("checkpoint", result.checkpoint, progress)
