@@ -70,6 +70,8 @@ class Recorder:
 
     def __enter__(self) -> Recorder:
         if self.path is not None:
+            # Else the tracer says on stderr that it starts and stops, and where it found no GPU.
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")
             activities = [ProfilerActivity.CPU]
             self._profiler = torch.profiler.profile(
                 activities=activities + [ProfilerActivity.CUDA] * self._on_gpu,
