@@ -208,6 +208,8 @@ NOTHING = "there is no prepared data set yet: give --data, or make one with `vic
         ("pretrain --data {data} --image-weights none.pth", 1, "none.pth"),
         ("pretrain --data {data} --resume nowhere", 1, "nowhere cannot be resumed"),
         ("pretrain --data {data} --track paper", 2, "'tensorboard'"),
+        ("pretrain --data {data} --profile none/a.json", 1, "there is no folder none; make it"),
+        ("finetune {checkpoint} --data {data} --profile none", 1, "there is no folder none; make"),
         ("finetune --data {data}", 2, "there is no checkpoint yet: give CHECKPOINT"),
         ("finetune {data}/manifest.json --data {data}", 1, "not a safetensors file"),
         ("finetune {checkpoint} --data {data} --resume run", 2, "leave out CHECKPOINT"),

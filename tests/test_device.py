@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
@@ -76,3 +77,37 @@ def test_freed_memory_is_used_again_without_asking_the_kernel():
 def test_a_c_library_without_the_setting_is_left_alone(monkeypatch):
     monkeypatch.setattr(device.ctypes, "CDLL", lambda _: object())
     assert device.keep_freed_memory() is False
+
+
+KERNELS = """
+import sys, torch
+from pathlib import Path
+from vicvlm_cli.device import keep_few_kernels
+if sys.argv[1] == "few":
+    keep_few_kernels()
+held = lambda: int(Path("/proc/self/statm").read_text().split()[1]) / 256  # MB
+layer = torch.nn.Linear(256, 256)
+before = held()
+with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+    for rows in range(100, 400):
+        layer(torch.ones(rows, 256))
+print(held() - before)
+"""
+
+
+@pytest.mark.skipif(not device._cpu_has_bf16(), reason="float32 layers go without oneDNN")
+def test_kernels_of_shapes_that_are_over_are_not_kept():
+    all_of_them, few = (
+        float(subprocess.run([sys.executable, "-c", KERNELS, how], capture_output=True).stdout)
+        for how in ("all", "few")
+    )
+    assert few < all_of_them / 2
+
+
+def test_what_the_user_says_of_kernels_stands(monkeypatch):
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "7")
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "")
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+    device.keep_few_kernels()
+    assert os.environ["LRU_CACHE_CAPACITY"] == "7"
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == str(device.KERNELS)

@@ -130,6 +130,7 @@ def pretrain(
     output: o.RunFolder = None,
     resume: o.Resume = None,
     track: o.Track = "none",
+    profile: o.Profile = None,
     as_json: o.AsJson = False,
 ) -> None:
     """Train a model on a prepared data set, by default with VicVLM."""
@@ -158,6 +159,7 @@ def pretrain(
         output=output,
         resume=resume,
         track=track,
+        profile=profile,
         progress=progress,
     )
     remember("checkpoint", result.checkpoint, progress)
@@ -180,6 +182,7 @@ def finetune(
     output: o.RunFolder = None,
     resume: o.Resume = None,
     track: o.Track = "none",
+    profile: o.Profile = None,
     as_json: o.AsJson = False,
 ) -> None:
     """Fine-tune a checkpoint for retrieval, keeping the best."""
@@ -205,6 +208,7 @@ def finetune(
         output=output,
         resume=resume,
         track=track,
+        profile=profile,
         progress=progress,
     )
     remember("checkpoint", result.checkpoint, progress)

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from functools import cache
 from pathlib import Path
 
 import torch
+
+# Of oneDNN, and of ideep, through which torch calls it. A forward pass of a transformer needs a
+# dozen kernels, however deep it is.
+KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+KERNELS = 64
 
 
 def best_device() -> torch.device:
@@ -54,3 +60,16 @@ def keep_freed_memory() -> bool:
         return False
     trim_threshold, mmap_threshold = -1, -3  # malloc.h
     return bool(mallopt(mmap_threshold, 1 << 30) and mallopt(trim_threshold, (1 << 31) - 1))
+
+
+def keep_few_kernels() -> None:
+    """Let the CPU's compiled kernels be kept for few shapes; only before the first is made.
+
+    In bfloat16 oneDNN compiles a kernel for every shape that a layer meets, a few hundred kB each,
+    and it and torch's layer above it keep 1,024 of them apiece: hundreds of megabytes where batches
+    come in many shapes. Where those of one shape follow each other, the latest are enough. Both
+    read their bounds once in a process's life, so that a training after this in the same process
+    has them too. What the user has set stands.
+    """
+    for name in KERNEL_CACHES:
+        os.environ.setdefault(name, str(KERNELS))

@@ -87,6 +87,10 @@ Resume = Annotated[Path | None, _option("Go on with an interrupted run.", metava
 Track = Annotated[
     Literal["none", "tensorboard", "wandb"], _option("Where metrics go besides metrics.jsonl.")
 ]
+Profile = Annotated[
+    Path | None,
+    _option("Trace 5 steps into this folder or .json[.gz] file.", "--profile", metavar="PATH"),
+]
 
 # evaluate, embed, retrieve
 SplitName = Annotated[str, _option("Which split.", "--split")]

@@ -13,6 +13,7 @@ from vicvlm_cli.evaluation.recall import Recall, RetrievalMetrics
 from vicvlm_cli.gallery.results import EmbedResult, Hit, RetrieveResult
 from vicvlm_cli.model.vlm import PairScore
 from vicvlm_cli.report import tables
+from vicvlm_cli.report.profile import Cost, Profile, profile_blocks
 
 
 def shown(blocks) -> str:
@@ -120,6 +121,7 @@ def test_a_trainings_summary():
         pairs=1900 * 64,
         seconds=1200.0,
         rerank_weight=0.3,
+        profile=None,
     )
     text = shown(tables.training_tables(trained))
     assert "1,900 steps, 121,600 pairs in 20.0 minutes (101 pairs/s)" in text
@@ -170,3 +172,15 @@ def test_a_gallerys_table_counts_what_was_skipped():
     assert "2 truncated, 1 not an image" in text and "2,000 from photos" in text
     assert result.to_dict()["skipped"][1] == {"path": "b.jpg", "reason": "not an image"}
     assert "none" in shown(tables.gallery_tables(replace(result, skipped=[])))
+
+
+def test_a_profile_has_a_column_for_the_gpu_where_there_is_one():
+    for device_ms in (None, 12.5):
+        parts = [Cost("forward", 1.0, 30.0, device_ms, 0.6)]
+        operators = [Cost("aten::addmm", 48.0, 20.0, device_ms, 0.25)]
+        profile = Profile(Path("runs/[a]/trace.json.gz"), 5, 50.0, parts, operators)
+        text = shown(profile_blocks(profile))
+        assert "5 steps of 50.0 ms recorded in runs/[a]/trace.json.gz" in " ".join(text.split())
+        assert "60.0 %" in text and "25.0 %" in text and "aten::addmm" in text
+        assert ("GPU ms" in text) == ("12.50" in text) == (device_ms is not None)
+        assert profile.to_dict()["parts"][0]["device_ms"] == device_ms

@@ -9,13 +9,15 @@ from typing import Any, Protocol
 
 from rich.console import Group
 from rich.table import Table
-from rich.text import Text
 
 from vicvlm_cli.data.prepared import Manifest
 from vicvlm_cli.evaluation.evaluate import EvaluationReport
 from vicvlm_cli.evaluation.recall import RetrievalMetrics
 from vicvlm_cli.gallery.results import EmbedResult, RetrieveResult
-from vicvlm_cli.report.sheet import printable
+from vicvlm_cli.report.blocks import block as _block
+from vicvlm_cli.report.blocks import table as _table
+from vicvlm_cli.report.blocks import words as _words
+from vicvlm_cli.report.profile import Profile, profile_blocks
 
 CLEARLY = 0.9  # of its trivial value: where a loss counts as learned
 VALIDATIONS = 10
@@ -64,6 +66,8 @@ class Trained(Protocol):
     def seconds(self) -> float: ...
     @property
     def rerank_weight(self) -> float: ...
+    @property
+    def profile(self) -> Profile | None: ...
 
 
 def prepare_tables(result: Prepared) -> list[Group]:
@@ -83,7 +87,7 @@ def prepare_tables(result: Prepared) -> list[Group]:
 
 
 def training_tables(result: Trained) -> list[Group]:
-    """The loss summary and the validations of a training."""
+    """The loss summary and the validations of a training, and its profile if one was made."""
     rate = result.pairs / max(result.seconds, 1e-9)
     lines = [
         f"{result.steps:,} steps, {result.pairs:,} pairs in {result.seconds / 60:.1f} minutes "
@@ -100,7 +104,7 @@ def training_tables(result: Trained) -> list[Group]:
         )
     else:
         blocks.append(_block("Weights", None, lines))
-    return blocks
+    return blocks + (profile_blocks(result.profile) if result.profile else [])
 
 
 def loss_summary_table(rows: Iterable[Loss]) -> Table:
@@ -225,23 +229,3 @@ def _verdict(last: float, trivial: float) -> str:
 
 def _counted(reasons: Mapping[str, int]) -> str:
     return ", ".join(f"{count:,} {reason}" for reason, count in reasons.items())
-
-
-def _table(first: str, right: Iterable[str] = ()) -> Table:
-    table = Table()
-    table.add_column(first)
-    for name in right:
-        table.add_column(name, justify="right")
-    return table
-
-
-def _block(title: str, table: Table | None, lines: list[str]) -> Group:
-    """A table between its title and its remarks, which may be wider than it is."""
-    parts: list[Table | Text] = [_words(title, "bold")]
-    parts += [table] if table is not None else []
-    return Group(*parts, *(_words(line, "dim") for line in lines), Text())
-
-
-def _words(text: str, style: str = "") -> Text:
-    # People's words: [brackets] are no markup, and file names need not be UTF-8.
-    return Text(printable(text), style=style)

@@ -8,6 +8,7 @@ import torch
 
 from vicvlm_cli.checkpoint import CheckpointInfo, load_model
 from vicvlm_cli.data.prepared import Manifest, PreparedDataset, Split
+from vicvlm_cli.device import keep_few_kernels
 from vicvlm_cli.errors import UsageError
 from vicvlm_cli.evaluation.evaluate import EvaluationReport, evaluate_split
 from vicvlm_cli.evaluation.rerank import TOP_K
@@ -46,6 +47,8 @@ def evaluate(
     dataset = PreparedDataset.open(data)
     part = dataset.split(split or "test")
     model = load_model(checkpoint)
+    if model.device.type == "cpu":
+        keep_few_kernels()  # captions of all lengths, sorted: those of one shape come together
     weight = model.info.rerank_weight if rerank_weight is None else rerank_weight
     precision = str(autocast_dtype(model.device, model.precision) or torch.float32)
     precision = precision.removeprefix("torch.")

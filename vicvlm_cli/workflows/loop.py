@@ -30,6 +30,7 @@ from vicvlm_cli.report.progress import Progress
 from vicvlm_cli.workflows.inputs import Input, cached_inputs, plain_inputs
 from vicvlm_cli.workflows.launch import make_rows
 from vicvlm_cli.workflows.metrics import LOG_STEPS, Metrics
+from vicvlm_cli.workflows.profile import Recorder
 
 T = TypeVar("T")
 # Never decayed: they are few, and their size means something (biases, norms, embeddings, scale).
@@ -111,6 +112,7 @@ def run_loop(
     metrics: Metrics,
     validate: Callable[[], None],
     save_state: Callable[[], None],
+    recorder: Recorder,
     progress: Progress,
 ) -> None:
     """Train from ``position`` to the end of the schedule, or of ``max_minutes``.
@@ -128,6 +130,7 @@ def run_loop(
     began -= position.seconds
     pairs_flushed = position.pairs
     per_batch = plan.batch_size * plan.world_size
+    part = recorder.part
 
     def agreed(value: T) -> T:
         """The first process's value; clocks differ, and what follows needs them all."""
@@ -145,9 +148,14 @@ def run_loop(
         noise = Noise(config.seed, number, accelerator.device)
         if config.caches_contrast:  # it comes twice, to the same dropout
             seed_modules(config.seed, number)
-        batch = batch.to(accelerator.device)
-        batch.image = augment(batch, model.config.image_size, data, noise)
+        with part("augment"):
+            batch = batch.to(accelerator.device)
+            batch.image = augment(batch, model.config.image_size, data, noise)
         return batch, noise
+
+    def first_pass(*arguments: Any) -> None:
+        with part("first pass"):
+            accelerator.unwrap_model(objective)(*arguments)
 
     inputs: Callable[..., Iterator[Input]] = plain_inputs
     if config.caches_contrast:
@@ -155,39 +163,43 @@ def run_loop(
             cached_inputs,
             batches=config.step_batches,
             parameters=parameters,
-            objective=accelerator.unwrap_model(objective),
+            objective=first_pass,
         )
     pin = accelerator.device.type == "cuda"
     objective.train()
     stopping = _StopAtStep(enabled=accelerator.num_processes == 1)
     goal = steps * config.step_batches * per_batch
-    with stopping, progress.bar("training", total=goal, unit="pairs") as bar:
+    with stopping, recorder, progress.bar("training", total=goal, unit="pairs") as bar:
         bar.advance(position.pairs)
         micro = position.step * config.step_batches
         share = done()
         if share < 1:
-            source = partial(batches, rows, plan, micro, workers=data.workers, pin=pin)
-            for batch, noise, cached in inputs(source(), micro, ready):
+            loaded = recorder.waiting(batches(rows, plan, micro, workers=data.workers, pin=pin))
+            for batch, noise, cached in inputs(loaded, micro, ready):
                 weights = {k: v.at(share, position.step) for k, v in config.losses.items()}
                 active = {name for name, weight in weights.items() if weight > 0}
                 with accelerator.accumulate(objective):
-                    values, trivial = objective(batch, noise, active, *cached)
-                    # With those of weight 0, or processes would wait for their gradients in vain.
-                    total = torch.stack([weights.get(k, 0.0) * v for k, v in values.items()])
-                    accelerator.backward(total.sum())
-                    if accelerator.sync_gradients:
-                        accelerator.clip_grad_norm_(parameters, config.grad_clip)
-                        for group in optimizer.param_groups:
-                            group["lr"] = group["peak_lr"] * lr_factor(share, config)
-                    optimizer.step()
-                    optimizer.zero_grad()
+                    with part("forward"):
+                        values, trivial = objective(batch, noise, active, *cached)
+                        # With those of weight 0, or processes would wait for gradients in vain.
+                        total = torch.stack([weights.get(k, 0.0) * v for k, v in values.items()])
+                    with part("backward"):
+                        accelerator.backward(total.sum())
+                    with part("optimiser"):
+                        if accelerator.sync_gradients:
+                            accelerator.clip_grad_norm_(parameters, config.grad_clip)
+                            for group in optimizer.param_groups:
+                                group["lr"] = group["peak_lr"] * lr_factor(share, config)
+                        optimizer.step()
+                        optimizer.zero_grad()
                 metrics.add(position.step + 1, values, trivial)
                 micro += 1
                 position.pairs += per_batch
                 bar.advance(per_batch)
                 if not accelerator.sync_gradients:
                     continue
-                accelerator.unwrap_model(objective).after_step()
+                with part("EMA"):  # or whatever else follows the weights
+                    accelerator.unwrap_model(objective).after_step()
                 position.step += 1
                 now = clock()
                 position.seconds = now - began
@@ -199,32 +211,36 @@ def run_loop(
                 stop = stopping.asked
                 # Before anything is kept, so that weights of a loss that is not finite never are.
                 if position.step % LOG_STEPS == 0 or due or stop or share >= 1:
-                    means = metrics.flush(
-                        step=position.step,
-                        epoch=round(micro / plan.batches, 4),
-                        progress=round(share, 5),
-                        seconds=round(position.seconds, 3),
-                        pairs=position.pairs,
-                        lr=config.lr * lr_factor(share, config),
-                        pairs_per_second=round(
-                            (position.pairs - pairs_flushed) / (now - last_flush), 1
-                        ),
-                        weights={name: loss.at(used) for name, loss in config.losses.items()},
-                    )
+                    with part("log"):
+                        means = metrics.flush(
+                            step=position.step,
+                            epoch=round(micro / plan.batches, 4),
+                            progress=round(share, 5),
+                            seconds=round(position.seconds, 3),
+                            pairs=position.pairs,
+                            lr=config.lr * lr_factor(share, config),
+                            pairs_per_second=round(
+                                (position.pairs - pairs_flushed) / (now - last_flush), 1
+                            ),
+                            weights={name: loss.at(used) for name, loss in config.losses.items()},
+                        )
                     last_flush, pairs_flushed = now, position.pairs
                     shown = "  ".join(f"{k} {v:.3f}" for k, v in means.items())
                     bar.describe(f"epoch {micro / plan.batches:.1f}  {shown}")
                 if due and share < 1:
                     before = clock()
-                    validate()
+                    with part("validation"):
+                        validate()
                     objective.train()
                     last_flush += clock() - before
                     if config.clock == "cpu":  # what is compared is training alone
                         began += clock() - before
                 if stop or (saving and share < 1):
                     position.losses = metrics.history
-                    save_state()
+                    with part("state"):
+                        save_state()
                     last_state = clock()
+                recorder.step()
                 if stop:
                     raise KeyboardInterrupt
                 if share >= 1:

@@ -26,6 +26,7 @@ from vicvlm_cli.device import keep_freed_memory
 from vicvlm_cli.errors import UsageError, UserError
 from vicvlm_cli.model.create import build_model, create_model
 from vicvlm_cli.objectives import create_objective, recipe_of
+from vicvlm_cli.report.profile import Profile
 from vicvlm_cli.report.progress import Progress
 from vicvlm_cli.workflows.launch import join, make_accelerator, run_folder, with_workers
 from vicvlm_cli.workflows.loop import (
@@ -36,6 +37,7 @@ from vicvlm_cli.workflows.loop import (
     total_steps,
 )
 from vicvlm_cli.workflows.metrics import LossRow, Metrics, summary_dicts
+from vicvlm_cli.workflows.profile import Recorder, trace_file
 from vicvlm_cli.workflows.session import Job, Session
 
 PRESET_OF_SOURCE = {
@@ -59,6 +61,7 @@ class TrainResult:
     pairs: int
     seconds: float
     rerank_weight: float
+    profile: Profile | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -67,6 +70,7 @@ class TrainResult:
             "checkpoint": str(self.checkpoint),
             "run": str(self.run),
             "losses": summary_dicts(self.losses),
+            "profile": self.profile.to_dict() if self.profile else None,
             "pairs_per_second": round(self.pairs / max(self.seconds, 1e-9), 1),
         }
 
@@ -80,6 +84,7 @@ def pretrain(
     output: Path | None = None,
     resume: Path | None = None,
     track: str = "none",
+    profile: Path | None = None,
     progress: Progress,
 ) -> TrainResult:
     """Train a new model on the ``train`` split of a prepared data set.
@@ -91,16 +96,18 @@ def pretrain(
         output: folder of the run; None makes a new one under ``runs/``.
         resume: a run to go on with; its own settings count.
         track: ``none``, ``tensorboard`` or ``wandb``.
+        profile: where the trace of a few steps goes, see :func:`trace_file`; None: none is made.
 
     Raises:
-        UserError: data, configuration, weights or a run that cannot be used.
+        UserError: data, configuration, weights, a run or a place of the trace that cannot be used.
     """
     join()
+    trace = profile and trace_file(profile, "pretrain")
     dataset = PreparedDataset.open(data)
     if resume is not None:
         if preset or config_file or overrides or output:
             raise UsageError("--resume goes on with a run's own settings: give it alone")
-        return _resume("pretrain", dataset, resume, track, progress)
+        return _resume("pretrain", dataset, resume, track, trace, progress)
     if preset is None and config_file is None:
         preset = PRESET_OF_SOURCE.get(dataset.manifest.source, DEFAULT_PRESET)
         source = dataset.manifest.source
@@ -117,7 +124,7 @@ def pretrain(
     set_seed(config.pretrain.seed)
     model = create_model(config.model, tokenizer.vocab_size)
     job = Job("pretrain", config, model, tokenizer, dataset, run, Position())
-    return _train(job, accelerator, progress)
+    return _train(job, accelerator, trace, progress)
 
 
 def finetune(
@@ -128,6 +135,7 @@ def finetune(
     output: Path | None = None,
     resume: Path | None = None,
     track: str = "none",
+    profile: Path | None = None,
     progress: Progress,
 ) -> TrainResult:
     """Fine-tune a checkpoint for retrieval on the ``train`` split of a prepared data set.
@@ -136,14 +144,15 @@ def finetune(
     those that are best on validation recall.
 
     Raises:
-        UserError: a checkpoint, data, configuration or run that cannot be used.
+        UserError: a checkpoint, data, configuration, run or place of the trace that cannot be used.
     """
     join()
+    trace = profile and trace_file(profile, "finetune")
     dataset = PreparedDataset.open(data)
     if resume is not None:
         if overrides or output:
             raise UsageError("--resume goes on with a run's own settings: give it alone")
-        return _resume("finetune", dataset, resume, track, progress)
+        return _resume("finetune", dataset, resume, track, trace, progress)
     loaded = load_model(checkpoint, device="cpu")
     config = configs.load_config(base=loaded.info.config, overrides=overrides)
     if config.model != loaded.vlm.config:
@@ -152,11 +161,16 @@ def finetune(
     accelerator = make_accelerator(config.finetune, track, run)
     set_seed(config.finetune.seed)
     job = Job("finetune", config, loaded.vlm, loaded.tokenizer, dataset, run, Position())
-    return _train(job, accelerator, progress)
+    return _train(job, accelerator, trace, progress)
 
 
 def _resume(
-    kind: str, dataset: PreparedDataset, run: Path, track: str, progress: Progress
+    kind: str,
+    dataset: PreparedDataset,
+    run: Path,
+    track: str,
+    trace: Path | None,
+    progress: Progress,
 ) -> TrainResult:
     state = find_run_state(run)
     if state is None:
@@ -178,10 +192,12 @@ def _resume(
     model = build_model(configs.from_dict(ModelConfig, description["model"]))
     job = Job(kind, config, model, tokenizer, dataset, run, position, state)
     progress.say(f"resuming {run} at step {position.step}")
-    return _train(job, accelerator, progress)
+    return _train(job, accelerator, trace, progress)
 
 
-def _train(job: Job, accelerator: Accelerator, progress: Progress) -> TrainResult:
+def _train(
+    job: Job, accelerator: Accelerator, trace: Path | None, progress: Progress
+) -> TrainResult:
     config, data = job.train, with_workers(job.config.data, accelerator)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
@@ -211,6 +227,9 @@ def _train(job: Job, accelerator: Accelerator, progress: Progress) -> TrainResul
     session = Session(job, accelerator, metrics, progress)
     if job.kind == "finetune" and config.select == "best" and job.state is None:
         session.validate()  # so that what is kept is never worse than what it came from
+    recorder = Recorder(
+        trace if accelerator.is_main_process else None, accelerator.device, progress
+    )
     run_loop(
         accelerator,
         objective,
@@ -224,6 +243,7 @@ def _train(job: Job, accelerator: Accelerator, progress: Progress) -> TrainResul
         metrics=metrics,
         validate=session.validate,
         save_state=session.save_state,
+        recorder=recorder,
         progress=progress,
     )
     rerank_weight = session.finish()
@@ -239,6 +259,7 @@ def _train(job: Job, accelerator: Accelerator, progress: Progress) -> TrainResul
         pairs=job.position.pairs,
         seconds=round(job.position.seconds, 1),
         rerank_weight=rerank_weight,
+        profile=recorder.profile,
     )
     if accelerator.is_main_process:
         _write_whole(job.run / "result.json", json.dumps(result.to_dict(), indent=2) + "\n")
