@@ -15,7 +15,7 @@ from torch import Tensor
 from vicvlm_cli.errors import UserError
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-TEXTS_AT_A_TIME = 8192  # the backend's own records are a hundred times the size of their ids
+TEXTS_AT_A_TIME = 1024  # the backend's own records are a hundred times the size of their ids
 
 
 @dataclass(frozen=True)

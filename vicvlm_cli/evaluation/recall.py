@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BLOCK = 1024
+BLOCK = 512  # a side; in float64 2 MB, of which ranking holds several
 
 
 def similarity(queries: Tensor, gallery: Tensor) -> Tensor:
