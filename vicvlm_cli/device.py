@@ -68,8 +68,8 @@ def keep_few_kernels() -> None:
     In bfloat16 oneDNN compiles a kernel for every shape that a layer meets, a few hundred kB each,
     and it and torch's layer above it keep 1,024 of them apiece: hundreds of megabytes where batches
     come in many shapes. Where those of one shape follow each other, the latest are enough. Both
-    read their bounds once in a process's life, so that a training after this in the same process
-    has them too. What the user has set stands.
+    read their bounds once in a process's life, so that a training after this in the same process,
+    or in one that it starts, has them too. What the user has set stands.
     """
     for name in KERNEL_CACHES:
         os.environ.setdefault(name, str(KERNELS))
