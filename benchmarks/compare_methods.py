@@ -47,6 +47,13 @@ METHODS: dict[str, Method] = {
         ("finetune.losses.itm.weight=0",),
     ),
     "vicvlm": Method(),
+    # Without what makes it cheap: every loss on all rows of every step.
+    "vicvlm-all-rows": Method(
+        (
+            "pretrain.options.masked_stride=1",
+            *(f"pretrain.losses.{name}.every=1" for name in VICVLM),
+        )
+    ),
     "vicvlm-pixel": Method(("pretrain.options.target=pixel",)),
     "clip": _named("clip"),
     "siglip": _named("clip", "pretrain.options.loss=sigmoid", "finetune.options.loss=sigmoid"),

@@ -63,6 +63,11 @@ ROWS: dict[str, tuple[str, ...]] = {
     "vicvlm": (),
     **{f"vicvlm-{name}": without(name) for name in ADDED},
     "vicvlm-vicreg": without(*VICREG),
+    # Without what makes it cheap: every loss on all rows of every step.
+    "vicvlm-all-rows": (
+        "pretrain.options.masked_stride=1",
+        *(f"pretrain.losses.{name}.every=1" for name in OTHERS),
+    ),
     # Levers, on ITC alone: what holds for it holds for every method that has it.
     **{f"itc-batch-{n}": (*ALONE, f"pretrain.batch_size={n}") for n in (64, 96)},
     **{f"itc-frozen-{n}": (*ALONE, f"pretrain.frozen_blocks={n}") for n in (3, 6)},
