@@ -41,7 +41,7 @@ def run() -> list[Row]:
         root = Path(name)
         folder = material.folder_of_pictures(root / "pictures", PICTURES, (500, 375), "test")
         paths = sorted(folder.glob("*.jpg"))
-        model = load_model(material.checkpoint(root, ModelConfig(), rerank_weight=0.0))
+        model = load_model(material.checkpoint(root, ModelConfig(), weight=0.0))
 
         def ours() -> float:
             began = time.perf_counter()

@@ -28,6 +28,7 @@ from vicvlm_cli.data.transforms import image_to_array
 from vicvlm_cli.evaluation.evaluate import evaluate_split
 from vicvlm_cli.inference import LoadedModel
 from vicvlm_cli.model.fusion import Fused, masked_mean
+from vicvlm_cli.model.vlm import RerankWeights
 from vicvlm_cli.report.progress import Progress
 from vicvlm_cli.workflows.prepare import prepare
 
@@ -62,7 +63,7 @@ def run() -> list[Row]:
             split,
             device=model.device,
             top_k=TOP_K,
-            rerank_weight=0.5,
+            rerank_weights=RerankWeights.of(0.5),
             progress=QUIET,
         )
         ours = time.perf_counter() - began

@@ -13,6 +13,7 @@ from vicvlm_cli.checkpoint import save_model
 from vicvlm_cli.config import ModelConfig
 from vicvlm_cli.data.tokenizer import Tokenizer
 from vicvlm_cli.model.create import create_model
+from vicvlm_cli.model.vlm import RerankWeights
 
 WORDS = [a + b for a in ("ka", "lo", "mi", "ru", "te", "so") for b in ("na", "vel", "rim", "dus")]
 
@@ -47,7 +48,7 @@ def folder_of_pictures(
     return folder
 
 
-def checkpoint(folder: Path, config: ModelConfig, rerank_weight: float = 0.5) -> Path:
+def checkpoint(folder: Path, config: ModelConfig, weight: float = 0.5) -> Path:
     """A checkpoint of random weights that reads the captions made here."""
     torch.manual_seed(0)
     tokenizer = Tokenizer.train([" ".join(WORDS)], 1000)
@@ -59,6 +60,6 @@ def checkpoint(folder: Path, config: ModelConfig, rerank_weight: float = 0.5) ->
         config={},
         data={},
         objective="vicvlm",
-        rerank_weight=rerank_weight,
+        rerank_weights=RerankWeights.of(weight),
     )
     return path

@@ -13,6 +13,7 @@ from vicvlm_cli.data.prepared import PreparedDataset
 from vicvlm_cli.data.tokenizer import Tokenizer
 from vicvlm_cli.inference import LoadedModel
 from vicvlm_cli.model.create import create_model
+from vicvlm_cli.model.vlm import RerankWeights
 from vicvlm_cli.report.progress import Progress
 from vicvlm_cli.workflows.prepare import prepare
 
@@ -37,7 +38,7 @@ def make_checkpoint(tiny_data, tmp_path_factory):
     ]
     tokenizer = Tokenizer.train(captions, 300)
 
-    def make(seed: int = 0, rerank_weight: float = 0.5, **options) -> Path:
+    def make(seed: int = 0, weights=(0.5, 0.5), **options) -> Path:
         torch.manual_seed(seed)
         config = ModelConfig(
             image_encoder="vit_tiny_patch16_224",
@@ -59,7 +60,7 @@ def make_checkpoint(tiny_data, tmp_path_factory):
             config={},
             data={"source": "scenes", "split_name": "other", "split_hash": "0"},
             objective="vicvlm",
-            rerank_weight=rerank_weight,
+            rerank_weights=RerankWeights(*weights),
         )
         return path
 

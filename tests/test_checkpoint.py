@@ -18,12 +18,12 @@ from vicvlm_cli import checkpoint
 from vicvlm_cli.checkpoint import FORMAT_VERSION, load_model, save_model
 from vicvlm_cli.config import load_config, to_dict
 from vicvlm_cli.errors import UserError
-from vicvlm_cli.model.vlm import VLM
+from vicvlm_cli.model.vlm import VLM, RerankWeights
 
 DATA = {"source": "scenes", "split_name": "drawn", "split": "train", "split_hash": "ab12"}
 
 
-def save(path: Path, model: VLM | None = None, rerank_weight: float = 0.0) -> Path:
+def save(path: Path, model: VLM | None = None, weights: tuple[float, float] = (0, 0)) -> Path:
     save_model(
         path,
         model or make_model(),
@@ -31,7 +31,7 @@ def save(path: Path, model: VLM | None = None, rerank_weight: float = 0.0) -> Pa
         config=to_dict(load_config("vicvlm-tiny")),
         data=DATA,
         objective="vicvlm",
-        rerank_weight=rerank_weight,
+        rerank_weights=RerankWeights(*weights),
     )
     return path
 
@@ -61,8 +61,8 @@ def refusal(path: Path) -> str:
 @pytest.mark.parametrize("fusion", ["concat", "cross_attention"])
 def test_the_round_trip_is_exact(fusion: str, tmp_path: Path) -> None:
     model = make_model(seed=3, fusion=fusion, image_mean=(0.4, 0.5, 0.6), image_positions="sincos")
-    weight = 0.1 + 0.2  # no short decimal
-    path = save(tmp_path / "deep" / "er" / "model.safetensors", model, weight)
+    weights = RerankWeights(0.1 + 0.2, 5.0)  # no short decimal
+    path = save(tmp_path / "deep" / "er" / "model.safetensors", model, weights)
     loaded = load_model(path, device="cpu")
     assert loaded.vlm.config == model.config
     ours, theirs = model.state_dict(), loaded.vlm.state_dict()
@@ -72,7 +72,7 @@ def test_the_round_trip_is_exact(fusion: str, tmp_path: Path) -> None:
     assert not loaded.vlm.training
     assert loaded.tokenizer.to_json() == make_tokenizer().to_json()
     assert torch.equal(loaded.tokenizer(CAPTIONS, 24)[0], make_tokenizer()(CAPTIONS, 24)[0])
-    assert loaded.info.rerank_weight == weight
+    assert loaded.info.rerank_weights == weights
     assert loaded.info.data == DATA
     assert loaded.info.objective == "vicvlm"
     assert loaded.info.format_version == FORMAT_VERSION
@@ -159,7 +159,10 @@ def test_a_newer_file_asks_for_an_upgrade(saved: Path, tmp_path: Path) -> None:
         {"tokenizer": "{}"},
         {"tokenizer": "not json"},
         {"data": "{"},
-        {"rerank_weight": "much"},
+        {"rerank_weights": "much"},
+        {"rerank_weights": "[1.0, 2.0, 3.0]"},
+        {"rerank_weights": '[1.0, "much"]'},
+        {"rerank_weights": "null"},
         {"format_version": "one"},
         {"objective": None},
     ],

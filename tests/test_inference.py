@@ -96,7 +96,7 @@ def test_a_pair_scores_similarity_and_itm_together(tiny_model):
         )
         with torch.no_grad():
             itm.append(vlm.match(batch.encoded, encoded))
-    expected = cosine + tiny_model.info.rerank_weight * torch.cat(itm)
+    expected = cosine + tiny_model.info.rerank_weights.image_retrieval * torch.cat(itm)
     assert torch.allclose(scores, expected, atol=0.05)  # the parts above ran in half precision
     assert not torch.allclose(scores, cosine, atol=0.01)
 

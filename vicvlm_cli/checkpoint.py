@@ -20,7 +20,7 @@ from vicvlm_cli.device import best_device
 from vicvlm_cli.errors import UserError
 from vicvlm_cli.inference import LoadedModel
 from vicvlm_cli.model.create import build_model
-from vicvlm_cli.model.vlm import RetrievalModel
+from vicvlm_cli.model.vlm import RerankWeights, RetrievalModel
 
 FORMAT_VERSION = 1
 FILE_NAME = "model.safetensors"
@@ -31,15 +31,15 @@ class CheckpointInfo:
     """What a checkpoint says of itself.
 
     ``config`` is the whole run's configuration with the resolved model; ``data`` names the split
-    trained on (``source``, ``split_name``, ``split_hash``); ``rerank_weight`` is the weight of the
-    matching log-odds beside the similarity, chosen on validation; ``sha256`` is the file's.
+    trained on (``source``, ``split_name``, ``split_hash``); ``rerank_weights`` are those of
+    the matching log-odds beside the similarity, chosen on validation; ``sha256`` is the file's.
     """
 
     format_version: int
     config: dict[str, Any]
     data: dict[str, Any]
     objective: str
-    rerank_weight: float
+    rerank_weights: RerankWeights
     sha256: str
     path: Path
 
@@ -52,7 +52,7 @@ def save_model(
     config: dict[str, Any],
     data: dict[str, Any],
     objective: str,
-    rerank_weight: float,
+    rerank_weights: RerankWeights,
 ) -> None:
     """Write the whole model; the file appears complete or not at all.
 
@@ -67,7 +67,7 @@ def save_model(
         "tokenizer": tokenizer.to_json(),
         "data": json.dumps(data),
         "objective": objective,
-        "rerank_weight": repr(rerank_weight),
+        "rerank_weights": json.dumps(rerank_weights),
     }
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -104,7 +104,7 @@ def load_model(path: str | Path, device: torch.device | str | None = None) -> Lo
             config=config,
             data=json.loads(header["data"]),
             objective=header["objective"],
-            rerank_weight=float(header["rerank_weight"]),
+            rerank_weights=RerankWeights.of(json.loads(header["rerank_weights"])),
             sha256=_sha256(path),
             path=path.resolve(),
         )

@@ -207,9 +207,11 @@ class LoadedModel:
     ) -> Tensor:
         """How well picture i fits text i, [n], as the model's method scores it; higher is better.
 
-        The similarity, exp(logit_scale) * cosine, plus rerank_weight * ITM where there is a
-        matching head; the weight was chosen on validation. Or the model's pair score alone (SCAN,
-        ViLT). Raises UserError where the numbers differ or a picture cannot be read.
+        The similarity, exp(logit_scale) * cosine, plus, where there is a matching head, ITM times
+        the weight for captions that look for pictures, chosen on validation. Or the model's pair
+        score alone (SCAN, ViLT).
+
+        Raises UserError where the numbers differ or a picture cannot be read.
         """
         images, texts = list(images), _listed(texts)
         if len(images) != len(texts):
@@ -220,7 +222,7 @@ class LoadedModel:
         of_pair = self.vlm.pair_score
         scale, weight = self.logit_scale, 0.0
         if of_pair is not None:
-            scale, weight = of_pair.weights(scale, self.info.rerank_weight)
+            scale, weight = of_pair.weights(scale, self.info.rerank_weights.image_retrieval)
         scores = [torch.empty(0)]
         for batch in self._image_batches(images, batch_size):
             words = texts[batch.rows[0] : batch.rows[-1] + 1]

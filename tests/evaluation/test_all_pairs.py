@@ -13,6 +13,7 @@ from vicvlm_cli.evaluation.all_pairs import evaluate_all_pairs, ranks_by_score
 from vicvlm_cli.evaluation.evaluate import evaluate_split
 from vicvlm_cli.evaluation.recall import ranks, similarity
 from vicvlm_cli.evaluation.tokens import encode_split
+from vicvlm_cli.model.vlm import RerankWeights
 
 CPU = torch.device("cpu")
 
@@ -41,7 +42,7 @@ def test_all_pairs_are_a_shortlist_of_everything(fusion, tiny_data, monkeypatch)
             split,
             device=CPU,
             precision="no",
-            rerank_weight=0.7,
+            rerank_weights=RerankWeights(0.7, 0.2),
             progress=heard,
             **options,
         )

@@ -100,19 +100,23 @@ def test_the_chosen_weight_is_the_smallest_of_the_best():
     right = oracle_logits(images.index, of, torch.arange(40))
     also = oracle_logits(texts.index, torch.arange(40), of)
     helpful = Reranking(images, texts, right, also, scale=10.0)
-    weight = helpful.choose_weight()
-    assert weight > 0
-    assert helpful.metrics(weight).rsum > dual.rsum
-    assert helpful.metrics(weight / 2).rsum < helpful.metrics(weight).rsum
+    weights = helpful.choose_weights()
+    assert min(weights) > 0
+    assert helpful.metrics(weights).rsum > dual.rsum
+    smaller = helpful.metrics([weight / 2 for weight in weights])
+    assert smaller.image_retrieval.sum < helpful.metrics(weights).image_retrieval.sum
+    assert smaller.text_retrieval.sum < helpful.metrics(weights).text_retrieval.sum
     harmful = Reranking(images, texts, -right, -also, scale=10.0)
-    assert harmful.choose_weight() == 0
+    assert harmful.choose_weights() == (0, 0)
     assert harmful.metrics(0.0) == dual
-    # What helps one direction and harms the other is not taken, whatever their sum is.
+    # What helps one direction and harms the other is taken where it helps.
     mixed = Reranking(images, texts, right, -0.01 * also, scale=10.0)
-    best = max((0.0, 5.0, 10.0), key=lambda weight: mixed.metrics(weight).rsum)
-    table = mixed.metrics(best)
-    assert best > 0 and table.text_retrieval.r1 < dual.text_retrieval.r1
-    assert mixed.choose_weight((5.0, 10.0)) == 0
+    assert mixed.metrics(5.0).text_retrieval.r1 < dual.text_retrieval.r1
+    chosen = mixed.choose_weights((5.0, 10.0))
+    assert chosen.image_retrieval > 0 and chosen.text_retrieval == 0
+    table = mixed.metrics(chosen)
+    assert table.image_retrieval == mixed.metrics(chosen.image_retrieval).image_retrieval
+    assert table.text_retrieval == dual.text_retrieval
     # Candidates only: what is not among the ten stays where it was.
     assert helpful.metrics(1e6).image_retrieval.r10 == dual.image_retrieval.r10
 

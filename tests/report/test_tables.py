@@ -11,7 +11,7 @@ from rich.console import Console
 from vicvlm_cli.evaluation.evaluate import Evaluation, EvaluationReport
 from vicvlm_cli.evaluation.recall import Recall, RetrievalMetrics
 from vicvlm_cli.gallery.results import EmbedResult, Hit, RetrieveResult
-from vicvlm_cli.model.vlm import PairScore
+from vicvlm_cli.model.vlm import PairScore, RerankWeights
 from vicvlm_cli.report import tables
 from vicvlm_cli.report.profile import Cost, Profile, profile_blocks
 
@@ -33,7 +33,9 @@ def metrics(r1: float) -> RetrievalMetrics:
 
 
 def report(reranked: bool = True) -> EvaluationReport:
-    evaluation = Evaluation(metrics(40.0), metrics(45.0) if reranked else None, 0.5, 128)
+    evaluation = Evaluation(
+        metrics(40.0), metrics(45.0) if reranked else None, RerankWeights.of(0.5), 128
+    )
     return EvaluationReport(
         evaluation=evaluation,
         checkpoint=Path("model.safetensors"),
@@ -57,6 +59,7 @@ def test_both_evaluation_tables_carry_the_splits_name_and_the_notes():
     for words in ("Dual encoder alone", "top 128", "0.5 x ITM", "40.0", "55.0", "60.2", "1.5"):
         assert words in text
     assert "390.8" in text and "400.8" in text  # RSUM
+    assert str(RerankWeights(0.3, 2)) == "0.3 (text to image) and 2 (image to text)"
 
 
 def test_without_reranking_there_is_one_table():
@@ -69,7 +72,9 @@ def test_a_score_that_stands_alone_has_its_own_name():
     one = report()
     own = PairScore("stacked cross attention", alone=True)
     for top_k, among in ((128, "top 128"), (0, "all pairs")):
-        evaluation = replace(one.evaluation, pair_score=own, rerank_weight=1.0, top_k=top_k)
+        evaluation = replace(
+            one.evaluation, pair_score=own, rerank_weights=RerankWeights.of(1.0), top_k=top_k
+        )
         text = shown(tables.evaluation_tables(replace(one, evaluation=evaluation)))
         assert "Shortlist alone (cosine of the features)" in text
         assert f"Stacked cross attention ({among})" in text
@@ -120,7 +125,7 @@ def test_a_trainings_summary():
         steps=1900,
         pairs=1900 * 64,
         seconds=1200.0,
-        rerank_weight=0.3,
+        rerank_weights=RerankWeights(0.3, 2.0),
         profile=None,
     )
     text = shown(tables.training_tables(trained))

@@ -12,6 +12,7 @@ from vicvlm_cli.data.prepared import PreparedDataset
 from vicvlm_cli.errors import UsageError, UserError
 from vicvlm_cli.evaluation.evaluate import evaluate_split
 from vicvlm_cli.evaluation.recall import evaluate_features
+from vicvlm_cli.model.vlm import RerankWeights
 from vicvlm_cli.report.progress import Progress
 from vicvlm_cli.workflows.evaluate import evaluate
 
@@ -35,7 +36,7 @@ def test_both_tables_on_the_test_split(tiny_checkpoint, tiny_data, capsys):
     assert plain["dual"]["image_retrieval"]["r1"] == dual.image_retrieval.r1
     assert plain["reranked"]["rsum"] == pytest.approx(reranked.rsum)
     assert plain["checkpoint"]["sha256"] == load_model(tiny_checkpoint).info.sha256
-    assert plain["data"]["images"] == 12 and plain["rerank_weight"] == 0.5
+    assert plain["data"]["images"] == 12 and plain["rerank_weights"]["text_retrieval"] == 0.5
 
 
 def test_the_dual_table_is_that_of_the_features(tiny_checkpoint, tiny_data):
@@ -54,7 +55,7 @@ def test_the_dual_table_is_that_of_the_features(tiny_checkpoint, tiny_data):
 def test_weight_0_is_the_dual_table_and_scores_nothing(
     make_checkpoint, tiny_data, top_k, monkeypatch
 ):
-    path = make_checkpoint(rerank_weight=0.0)
+    path = make_checkpoint(weights=(0, 0))
     monkeypatch.setattr("vicvlm_cli.evaluation.evaluate.rerank", None)
     report = evaluate(path, tiny_data, top_k=top_k, progress=QUIET)
     assert report.evaluation.reranked == report.evaluation.dual
@@ -62,10 +63,12 @@ def test_weight_0_is_the_dual_table_and_scores_nothing(
 
 
 def test_a_given_weight_goes_before_the_checkpoints(tiny_checkpoint, tiny_data):
-    report = evaluate(tiny_checkpoint, tiny_data, top_k=4, rerank_weight=99.0, progress=QUIET)
-    assert report.evaluation.rerank_weight == 99.0
+    given = RerankWeights(0.0, 99.0)
+    report = evaluate(tiny_checkpoint, tiny_data, top_k=4, rerank_weights=given, progress=QUIET)
+    assert report.evaluation.rerank_weights == given
     half = evaluate(tiny_checkpoint, tiny_data, top_k=4, progress=QUIET)
-    assert half.evaluation.reranked != report.evaluation.reranked
+    assert half.evaluation.reranked.text_retrieval != report.evaluation.reranked.text_retrieval
+    assert report.evaluation.reranked.image_retrieval == report.evaluation.dual.image_retrieval
 
 
 def test_candidates_beyond_the_gallery_are_all_of_it(tiny_checkpoint, tiny_data):
@@ -90,10 +93,10 @@ def test_in_training_the_weight_is_chosen_on_the_split(tiny_model, tiny_data):
 
     chosen = measured(top_k=4)
     assert chosen.reranked.rsum >= chosen.dual.rsum
-    again = measured(top_k=4, rerank_weight=chosen.rerank_weight)
+    again = measured(top_k=4, rerank_weights=chosen.rerank_weights)
     assert again.reranked == chosen.reranked
     few = measured(top_k=0, images=3)
-    assert (few.dual.images, few.reranked, few.rerank_weight) == (3, None, 0.0)
+    assert (few.dual.images, few.reranked, few.rerank_weights) == (3, None, (0, 0))
 
 
 def test_a_model_without_matching_head_has_one_table(tiny_checkpoint, tiny_data, monkeypatch):

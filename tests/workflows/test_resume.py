@@ -62,7 +62,7 @@ def test_a_resumed_run_ends_like_one_that_was_never_stopped(
     assert f"resuming {tmp_path / 'parts'} at step 8" in heard.notes
     assert (parts.steps, parts.pairs) == (whole.steps, whole.pairs) == (12, 192)
     assert equal(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
-    assert parts.rerank_weight == whole.rerank_weight
+    assert parts.rerank_weights == whole.rerank_weights
     assert [row["step"] for row in parts.validation] == [row["step"] for row in whole.validation]
     assert rows(parts.run)[-1]["losses"] == rows(whole.run)[-1]["losses"]
     assert {r.name: r.first for r in parts.losses} == {r.name: r.first for r in whole.losses}

@@ -48,7 +48,11 @@ def scripted(rsums: list[float], patch: pytest.MonkeyPatch) -> list[dict[str, Te
             return real(model, *arguments, **options)
         one = SimpleNamespace(r1=0.0)
         dual = SimpleNamespace(rsum=rsums[len(seen) - 1], image_retrieval=one, text_retrieval=one)
-        row = {"rsum": dual.rsum, "reranked": None, "rerank_weight": 7.0}
+        row = {
+            "rsum": dual.rsum,
+            "reranked": None,
+            "rerank_weights": {"image_retrieval": 7.0, "text_retrieval": 8.0},
+        }
         return SimpleNamespace(dual=dual, own=dual, to_dict=lambda: row)
 
     patch.setattr(session, "evaluate_split", evaluate)
@@ -82,16 +86,16 @@ def test_the_weights_kept_are_the_best_or_the_last(
     assert all(not equal(seen[i], seen[i + 1]) for i in range(number - 1))
     assert equal(weights(tmp_path / "f"), seen[kept])
     if kept == number - 1:
-        assert len(seen) == number and result.rerank_weight == 7.0
+        assert len(seen) == number and result.rerank_weights == (7, 8)
     else:  # the kept weights are re-ranked after the end, and keep the place of their row
         assert len(seen) == number + 1 and equal(seen[number], seen[kept])
-        assert result.validation[kept]["reranked"] and result.rerank_weight != 7.0
+        assert result.validation[kept]["reranked"] and result.rerank_weights != (7, 8)
     # Fine-tuning that keeps the best begins by measuring where it starts from.
     assert [row["step"] for row in result.validation] == [0, 6, 12, 18][-number:]
     assert {row.name for row in result.losses} == {"itc", "itm"}
     info = load_model(result.checkpoint, device="cpu").info
     assert info.objective == "retrieval"
-    assert info.rerank_weight == result.rerank_weight
+    assert info.rerank_weights == result.rerank_weights
 
 
 def test_without_validation_data_the_last_weights_are_kept(
@@ -105,7 +109,7 @@ def test_without_validation_data_the_last_weights_are_kept(
     )  # fmt: skip
     assert any("has no val split: the last weights will be kept" in note for note in heard.notes)
     assert result.validation == [] and result.best is None
-    assert load_model(result.checkpoint, device="cpu").info.rerank_weight == 0.0
+    assert load_model(result.checkpoint, device="cpu").info.rerank_weights == (0, 0)
 
 
 def test_a_score_that_stands_alone_is_what_validations_go_by(scenes: Path, tmp_path: Path) -> None:

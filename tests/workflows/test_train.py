@@ -42,7 +42,7 @@ def test_a_pretraining_leaves_a_checkpoint_metrics_and_a_result(
     assert loaded.info.data["split_hash"] == split.hash
     assert loaded.info.data["source"] == "scenes"
     assert loaded.info.objective == "vicvlm"
-    assert loaded.info.rerank_weight == pretrained.rerank_weight
+    assert loaded.info.rerank_weights == pretrained.rerank_weights
     assert loaded.info.config["pretrain"]["batch_size"] == 16
     assert loaded.tokenizer.vocab_size == loaded.vlm.config.vocab_size <= 200
     assert all(bool(v.isfinite().all()) for v in weights(pretrained.run).values())
@@ -279,7 +279,7 @@ def test_losses_come_in_on_schedule(scenes: Path, tmp_path: Path) -> None:
     assert [line["weights"]["itm"] for line in lines] == [0, 0, 0.5, 0.5, 0.5]
     assert ["itm" in line["losses"] for line in lines] == [False, False, True, True, True]
     assert {row.name for row in result.losses} == set(LOSSES) - {"mim"}
-    assert result.rerank_weight == 0.0
+    assert result.rerank_weights == (0, 0)
 
 
 @pytest.mark.parametrize(

@@ -182,7 +182,7 @@ def training(data: Path, out: Path, settings: list[str]) -> dict[str, Tensor]:
     setattr(train, "create_objective", create)  # noqa: B010
     result = train.pretrain(data, overrides=settings, output=out, progress=Progress(quiet=True))
     state = {k: v.clone() for k, v in made[0].state_dict().items()}
-    return {**state, "rerank_weight": torch.tensor(result.rerank_weight)}
+    return {**state, "rerank_weights": torch.tensor(result.rerank_weights)}
 
 
 def work(rank: int, data: Path, out: Path) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from vicvlm_cli.evaluation.recall import BLOCK, RetrievalMetrics, adverse, metrics, similarity
 from vicvlm_cli.evaluation.rerank import match_pairs
 from vicvlm_cli.evaluation.tokens import SplitFeatures
-from vicvlm_cli.model.vlm import RetrievalModel
+from vicvlm_cli.model.vlm import RerankWeights, RetrievalModel
 from vicvlm_cli.report.progress import Progress
 
 SAMPLE = 256  # pairs timed for the estimate, after as many to warm up
@@ -51,17 +51,18 @@ def expected_minutes(vlm: RetrievalModel, features: SplitFeatures, precision: st
 def evaluate_all_pairs(
     vlm: RetrievalModel,
     features: SplitFeatures,
-    weight: float,
+    weights: RerankWeights,
     *,
     precision: str = "auto",
     progress: Progress,
 ) -> RetrievalMetrics:
     """The table with every pair scored; first says how many pairs and how long it will take.
 
-    Memory: the scores, [I, T] in float32, and a bounded number of pairs at a time.
+    Memory: for each of the weights the scores, [I, T] in float32, and a bounded number of pairs at
+    a time.
 
     Args:
-        weight: of the pair score beside the similarity; of no account where it stands alone.
+        weights: of the pair score beside the similarity; of no account where it stands alone.
 
     Raises ValueError where `features` were made without tokens, or the model cannot match.
     """
@@ -73,8 +74,7 @@ def evaluate_all_pairs(
         f"all pairs: {images:,} pictures x {texts:,} captions = {images * texts:,} pairs, about "
         f"{minutes:,.1f} minutes (Ctrl-C stops; without --all-pairs a shortlist is scored)"
     )
-    scale, weight = vlm.pair_score.weights(vlm.similarity_scale, weight)
-    scores = torch.empty(images, texts)
+    scores = {weight: torch.empty(images, texts) for weight in weights}
     with progress.bar("all pairs", images, "images") as bar:
         for rows in torch.arange(images).split(max(1, PAIRS // texts)):
             logits = match_pairs(
@@ -86,10 +86,12 @@ def evaluate_all_pairs(
                 progress=progress,
             ).view(len(rows), texts)
             cosine = similarity(features.image[rows], features.text)
-            scores[rows] = (scale * cosine.double() + weight * logits.double()).float()
+            for given, score in scores.items():
+                scale, weight = vlm.pair_score.weights(vlm.similarity_scale, given)
+                score[rows] = (scale * cosine.double() + weight * logits.double()).float()
             bar.advance(len(rows))
     of = torch.arange(images)
     return metrics(
-        ranks_by_score(scores.T, features.text_image, of),
-        ranks_by_score(scores, of, features.text_image),
+        ranks_by_score(scores[weights.image_retrieval].T, features.text_image, of),
+        ranks_by_score(scores[weights.text_retrieval], of, features.text_image),
     )

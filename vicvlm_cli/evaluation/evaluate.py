@@ -15,7 +15,7 @@ from vicvlm_cli.evaluation.recall import RetrievalMetrics, evaluate_features
 from vicvlm_cli.evaluation.rerank import TOP_K, rerank
 from vicvlm_cli.evaluation.tokens import encode_split
 from vicvlm_cli.inference import IMAGE_BATCH
-from vicvlm_cli.model.vlm import PairScore, RetrievalModel
+from vicvlm_cli.model.vlm import PairScore, RerankWeights, RetrievalModel
 from vicvlm_cli.report.progress import Progress
 
 
@@ -28,7 +28,7 @@ class Evaluation:
 
     dual: RetrievalMetrics
     reranked: RetrievalMetrics | None
-    rerank_weight: float
+    rerank_weights: RerankWeights
     top_k: int
     pair_score: PairScore | None = None
 
@@ -43,7 +43,7 @@ class Evaluation:
         return {
             "dual": self.dual.to_dict(),
             "reranked": self.reranked.to_dict() if self.reranked else None,
-            "rerank_weight": self.rerank_weight,
+            "rerank_weights": self.rerank_weights._asdict(),
             "pair_score": asdict(self.pair_score) if self.pair_score else None,
             "rsum": self.own.rsum,
             "top_k": self.top_k,
@@ -106,7 +106,7 @@ def evaluate_split(
     precision: str = "auto",
     top_k: int = TOP_K,
     all_pairs: bool = False,
-    rerank_weight: float | None = None,
+    rerank_weights: RerankWeights | None = None,
     batch_size: int = IMAGE_BATCH,
     images: int | None = None,
     progress: Progress,
@@ -118,8 +118,8 @@ def evaluate_split(
     Args:
         device: where `vlm` is.
         top_k: candidates a query to re-rank; 0 for the dual table only.
-        all_pairs: score every pair instead of a shortlist; it takes a `rerank_weight`.
-        rerank_weight: what ITM counts in the combined score; None chooses it on this split
+        all_pairs: score every pair instead of a shortlist; it takes `rerank_weights`.
+        rerank_weights: what ITM counts in the combined score; None chooses it on this split
             (only for validation). Of no account where the pair score stands alone.
         images: evaluate the first so many images only.
 
@@ -128,11 +128,11 @@ def evaluate_split(
     """
     own = vlm.pair_score
     if own is not None and own.alone:
-        rerank_weight = 1.0
+        rerank_weights = RerankWeights.of(1.0)
     top_k = 0 if all_pairs else top_k
     matching = (top_k > 0 or all_pairs) and own is not None
-    # At weight 0 the candidates keep their order: the dual table is the re-ranked one.
-    scoring = matching and rerank_weight != 0
+    # At weights of 0 candidates keep their order: the dual table is the re-ranked one.
+    scoring = matching and (rerank_weights is None or any(rerank_weights))
     features = encode_split(
         vlm,
         tokenizer,
@@ -147,13 +147,15 @@ def evaluate_split(
     if not scoring or all_pairs:
         dual = evaluate_features(features.image, features.text, features.text_image)
     if not scoring:
-        return Evaluation(dual, dual if matching else None, 0.0, top_k if matching else 0, own)
-    if all_pairs:
-        assert rerank_weight is not None
-        table = evaluate_all_pairs(
-            vlm, features, rerank_weight, precision=precision, progress=progress
+        return Evaluation(
+            dual, dual if matching else None, RerankWeights(), top_k if matching else 0, own
         )
-        return Evaluation(dual, table, rerank_weight, 0, own)
+    if all_pairs:
+        assert rerank_weights is not None
+        table = evaluate_all_pairs(
+            vlm, features, rerank_weights, precision=precision, progress=progress
+        )
+        return Evaluation(dual, table, rerank_weights, 0, own)
     scored = rerank(vlm, features, top_k=top_k, precision=precision, progress=progress)
     if own is not None and own.alone:
         texts, pictures = scored.reach
@@ -161,5 +163,5 @@ def evaluate_split(
             f"shortlist: the top {top_k} hold a match for {texts:.1f} % of captions and "
             f"{pictures:.1f} % of pictures"
         )
-    weight = scored.choose_weight() if rerank_weight is None else rerank_weight
-    return Evaluation(scored.dual, scored.metrics(weight), weight, top_k, own)
+    weights = scored.choose_weights() if rerank_weights is None else rerank_weights
+    return Evaluation(scored.dual, scored.metrics(weights), weights, top_k, own)

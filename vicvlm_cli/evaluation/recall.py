@@ -88,6 +88,11 @@ class Recall:
     mean_rank: float
     queries: int
 
+    @property
+    def sum(self) -> float:
+        """Of the three recalls (300 is perfect)."""
+        return self.r1 + self.r5 + self.r10
+
 
 def recall(ranks: Tensor) -> Recall:
     """Recall figures of 1-based ranks [Q]: the share of queries with a match in the top K.
@@ -122,8 +127,7 @@ class RetrievalMetrics:
     @property
     def rsum(self) -> float:
         """The sum of the six recalls (600 is perfect)."""
-        both = (self.image_retrieval, self.text_retrieval)
-        return sum(r.r1 + r.r5 + r.r10 for r in both)
+        return self.image_retrieval.sum + self.text_retrieval.sum
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers for JSON."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from vicvlm_cli.evaluation.by_picture import match_by_picture
 from vicvlm_cli.evaluation.recall import (
     BLOCK,
+    Recall,
     RetrievalMetrics,
     adverse,
     metrics,
@@ -20,7 +21,7 @@ from vicvlm_cli.evaluation.tokens import SplitFeatures
 from vicvlm_cli.gallery.search import running_top_k
 from vicvlm_cli.inference import inferring
 from vicvlm_cli.model.fusion import CrossAttentionFusion
-from vicvlm_cli.model.vlm import VLM, Encoded, RetrievalModel
+from vicvlm_cli.model.vlm import VLM, Encoded, RerankWeights, RetrievalModel
 from vicvlm_cli.report.progress import Progress
 
 TOP_K = 128
@@ -155,11 +156,12 @@ class Reranking:
         """The table of the cosines alone, whose ranks were counted with the candidates."""
         return metrics(self.images.dual_rank, self.texts.dual_rank)
 
-    def metrics(self, weight: float) -> RetrievalMetrics:
-        """The table with the pair scores at `weight`."""
+    def metrics(self, weights: RerankWeights | float) -> RetrievalMetrics:
+        """The table with the pair scores at `weights`, one number for both directions or two."""
+        weights = RerankWeights.of(weights)
         return metrics(
-            self.images.ranks(self.image_logit, self.scale, weight),
-            self.texts.ranks(self.text_logit, self.scale, weight),
+            self.images.ranks(self.image_logit, self.scale, weights.image_retrieval),
+            self.texts.ranks(self.text_logit, self.scale, weights.text_retrieval),
         )
 
     @property
@@ -168,20 +170,22 @@ class Reranking:
         first, second = (100 * x.positive.any(1).double().mean() for x in (self.images, self.texts))
         return first.item(), second.item()
 
-    def choose_weight(self, grid: tuple[float, ...] = WEIGHTS) -> float:
-        """The weight of highest RSUM on these data that lowers neither R@1; of equals the smallest.
+    def choose_weights(self, grid: tuple[float, ...] = WEIGHTS) -> RerankWeights:
+        """In each direction the weight of the highest R@1 + R@5 + R@10 on these data.
 
-        Only weights of ``grid`` are tried, and 0, the dual encoder's own order.
+        Of those that do not lower R@1; of equals the smallest. Only weights of ``grid`` are tried,
+        and 0, the dual encoder's own order.
         """
         tables = {weight: self.metrics(weight) for weight in sorted({0.0, *grid})}
-        dual = tables[0.0]
-        harmless = [
-            weight
-            for weight, table in tables.items()
-            if table.image_retrieval.r1 >= dual.image_retrieval.r1
-            and table.text_retrieval.r1 >= dual.text_retrieval.r1
-        ]
-        return max(harmless, key=lambda weight: tables[weight].rsum)
+
+        def best(recalls: dict[float, Recall]) -> float:
+            harmless = [w for w, recall in recalls.items() if recall.r1 >= recalls[0.0].r1]
+            return max(harmless, key=lambda w: recalls[w].sum)
+
+        return RerankWeights(
+            best({w: table.image_retrieval for w, table in tables.items()}),
+            best({w: table.text_retrieval for w, table in tables.items()}),
+        )
 
 
 def rerank(

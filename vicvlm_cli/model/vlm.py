@@ -7,6 +7,7 @@ the objective, so that a checkpoint carries no training baggage.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -50,6 +51,28 @@ class PairScore:
     def weights(self, scale: float, weight: float) -> tuple[float, float]:
         """What cosine and score count, given the inverse temperature and the chosen weight."""
         return (0.0, 1.0) if self.alone else (scale, weight)
+
+
+class RerankWeights(NamedTuple):
+    """What a pair score counts beside the similarity, in each direction of search.
+
+    ``image_retrieval``: captions look for pictures. ``text_retrieval``: pictures look for captions.
+    """
+
+    image_retrieval: float = 0.0
+    text_retrieval: float = 0.0
+
+    @classmethod
+    def of(cls, value: float | Iterable[float]) -> RerankWeights:
+        """One weight for both directions, or two."""
+        return cls(value, value) if isinstance(value, int | float) else cls(*map(float, value))
+
+    def __str__(self) -> str:
+        """For people: one number where both are equal."""
+        first, second = self
+        if first == second:
+            return f"{first:g}"
+        return f"{first:g} (text to image) and {second:g} (image to text)"
 
 
 class RetrievalModel(nn.Module):

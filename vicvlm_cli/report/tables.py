@@ -14,6 +14,7 @@ from vicvlm_cli.data.prepared import Manifest
 from vicvlm_cli.evaluation.evaluate import EvaluationReport
 from vicvlm_cli.evaluation.recall import RetrievalMetrics
 from vicvlm_cli.gallery.results import EmbedResult, RetrieveResult
+from vicvlm_cli.model.vlm import RerankWeights
 from vicvlm_cli.report.blocks import block as _block
 from vicvlm_cli.report.blocks import table as _table
 from vicvlm_cli.report.blocks import words as _words
@@ -65,7 +66,7 @@ class Trained(Protocol):
     @property
     def seconds(self) -> float: ...
     @property
-    def rerank_weight(self) -> float: ...
+    def rerank_weights(self) -> RerankWeights: ...
     @property
     def profile(self) -> Profile | None: ...
 
@@ -97,8 +98,8 @@ def training_tables(result: Trained) -> list[Group]:
     lines = [f"weights in {result.checkpoint}"]
     if result.validation:
         own = result.validation[-1].get("pair_score") or {}
-        if result.rerank_weight and not own.get("alone"):
-            lines.append(f"ITM weight in re-ranking: {result.rerank_weight:g}")
+        if any(result.rerank_weights) and not own.get("alone"):
+            lines.append(f"ITM weight in re-ranking: {result.rerank_weights}")
         blocks.append(
             _block("Validation", _validation_table(result.validation, result.best), lines)
         )
@@ -137,8 +138,7 @@ def evaluation_tables(report: EvaluationReport) -> list[Group]:
         title = (
             f"{name[0].upper()}{name[1:]} ({among})"
             if alone
-            else f"Re-ranked by {name} ({among}, "
-            f"similarity + {evaluation.rerank_weight:g} x {name})"
+            else f"Re-ranked by {name} ({among}, similarity + {evaluation.rerank_weights} x {name})"
         )
         blocks.append(_block(title, metrics_table(evaluation.reranked), lines))
     return blocks

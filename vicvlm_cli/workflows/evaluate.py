@@ -13,7 +13,7 @@ from vicvlm_cli.errors import UsageError
 from vicvlm_cli.evaluation.evaluate import EvaluationReport, evaluate_split
 from vicvlm_cli.evaluation.rerank import TOP_K
 from vicvlm_cli.inference import IMAGE_BATCH, autocast_dtype
-from vicvlm_cli.model.vlm import PairScore
+from vicvlm_cli.model.vlm import PairScore, RerankWeights
 from vicvlm_cli.report.progress import Progress
 
 
@@ -25,7 +25,7 @@ def evaluate(
     top_k: int = TOP_K,
     all_pairs: bool = False,
     batch_size: int = IMAGE_BATCH,
-    rerank_weight: float | None = None,
+    rerank_weights: RerankWeights | None = None,
     progress: Progress,
 ) -> EvaluationReport:
     """Measures the features alone, and the model's own score of pairs over the top k candidates.
@@ -34,7 +34,7 @@ def evaluate(
         split: None is "test".
         top_k: candidates a query; 0 for the features' table only.
         all_pairs: score every pair in place of the top k candidates; the cost is said first.
-        rerank_weight: what ITM counts beside the similarity; None is the checkpoint's, which was
+        rerank_weights: what ITM counts beside the similarity; None: the checkpoint's, which were
             chosen on validation in training. Of no account where the pair score stands alone.
 
     Raises:
@@ -49,7 +49,7 @@ def evaluate(
     model = load_model(checkpoint)
     if model.device.type == "cpu":
         keep_few_kernels()  # captions of all lengths, sorted: those of one shape come together
-    weight = model.info.rerank_weight if rerank_weight is None else rerank_weight
+    weights = model.info.rerank_weights if rerank_weights is None else rerank_weights
     precision = str(autocast_dtype(model.device, model.precision) or torch.float32)
     precision = precision.removeprefix("torch.")
     progress.say(f"split: {part.title} (--split to change)")
@@ -61,8 +61,8 @@ def evaluate(
             "this model scores a pair by its features alone, and compares all of them already: "
             "leave out --all-pairs"
         )
-    origin = "from the checkpoint" if rerank_weight is None else "as given"
-    said, note = _approach(own, top_k, all_pairs, weight, origin)
+    origin = "from the checkpoint" if rerank_weights is None else "as given"
+    said, note = _approach(own, top_k, all_pairs, weights, origin)
     if said:
         progress.say(said)
     notes += [note] if note else []
@@ -74,7 +74,7 @@ def evaluate(
         precision=model.precision,
         top_k=top_k,
         all_pairs=all_pairs,
-        rerank_weight=weight,
+        rerank_weights=weights,
         batch_size=batch_size,
         progress=progress,
     )
@@ -96,7 +96,7 @@ def evaluate(
 
 
 def _approach(
-    own: PairScore | None, top_k: int, all_pairs: bool, weight: float, origin: str
+    own: PairScore | None, top_k: int, all_pairs: bool, weights: RerankWeights, origin: str
 ) -> tuple[str, str]:
     """What to say of how pairs are scored, and what to note beside the figures; "": nothing."""
     scored = all_pairs or top_k > 0
@@ -106,7 +106,7 @@ def _approach(
     if not scored:
         order = f"this is the order of the shortlist and not that of {own.name}: raise --top-k"
         return "", order if own.alone else ""
-    if weight == 0 and not own.alone:
+    if not any(weights) and not own.alone:
         return "", (
             f"{own.name} has weight 0 (it gained nothing on validation): re-ranking changes nothing"
         )
@@ -115,7 +115,7 @@ def _approach(
     if own.alone:
         return f"{own.name}: orders the top {top_k} of each query (--top-k to change)", ""
     return (
-        f"re-ranking: the top {top_k} (--top-k to change), {own.name} weight {weight:g} {origin}"
+        f"re-ranking: the top {top_k} (--top-k to change), {own.name} weight {weights} {origin}"
     ), ""
 
 

@@ -169,7 +169,7 @@ def _reranked(
         )
     own = model.vlm.pair_score
     assert own is not None
-    how = f"{own.name} weight {model.info.rerank_weight:g} from the checkpoint"
+    how = f"{own.name} weight {model.info.rerank_weights.image_retrieval:g} from the checkpoint"
     progress.say(f"re-ranking: {len(kept)} candidates, {f'by {own.name}' if own.alone else how}")
     scores = model.score_pairs(pictures, [query] * len(pictures))
     order = scores.argsort(descending=True, stable=True)

@@ -16,7 +16,7 @@ from vicvlm_cli.config import Config, TrainConfig
 from vicvlm_cli.data.prepared import PreparedDataset
 from vicvlm_cli.data.tokenizer import Tokenizer
 from vicvlm_cli.evaluation.evaluate import evaluate_split
-from vicvlm_cli.model.vlm import RetrievalModel
+from vicvlm_cli.model.vlm import RerankWeights, RetrievalModel
 from vicvlm_cli.report.progress import Progress
 from vicvlm_cli.workflows.loop import Position, save_run_state
 from vicvlm_cli.workflows.metrics import Metrics
@@ -70,9 +70,9 @@ class Session:
             self._measure_and_keep(self._top_k if self._alone else 0)
         self.accelerator.wait_for_everyone()
 
-    def finish(self) -> float:
-        """Validate once more, choose the re-ranking weight, write the final checkpoint."""
-        weight = 0.0
+    def finish(self) -> RerankWeights:
+        """Validate once more, choose the re-ranking weights, write the final checkpoint."""
+        weights = RerankWeights()
         if self.accelerator.is_main_process:
             rows = self.job.position.validation
             top_k = self._top_k if self._alone or "itm" in self.metrics.history else 0
@@ -83,11 +83,11 @@ class Session:
                 kept = load_model(self.checkpoint, device=self.accelerator.device).vlm
                 facts = {name: rows[at][name] for name in ("step", "seconds", "pairs")}
                 row = rows[at] = self._measure(kept, top_k, facts)
-                self._keep(kept, row["rerank_weight"])
-            weight = row["rerank_weight"] if row else 0.0
+                self._keep(kept, _weights_of(row))
+            weights = _weights_of(row) if row else RerankWeights()
             shutil.rmtree(self.job.run / "state", ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        return float(broadcast_object_list([weight])[0])
+        return RerankWeights(*broadcast_object_list([tuple(weights)])[0])
 
     @property
     def _alone(self) -> bool:
@@ -115,7 +115,7 @@ class Session:
         """Validates the model as it is; its row if its weights were kept and there is one."""
         job = self.job
         if self.split is None:
-            self._keep(job.model, 0.0)
+            self._keep(job.model, RerankWeights())
             return None
         position = job.position
         facts = {"step": position.step, "seconds": round(position.seconds, 1)}
@@ -125,7 +125,7 @@ class Session:
         position.best = max(position.best, row["rsum"])
         if job.train.select == "best" and not better:
             return None
-        self._keep(job.model, row["rerank_weight"])
+        self._keep(job.model, _weights_of(row))
         return row
 
     def _measure(self, model: RetrievalModel, top_k: int, facts: dict[str, Any]) -> dict[str, Any]:
@@ -149,7 +149,7 @@ class Session:
         )
         return row
 
-    def _keep(self, model: RetrievalModel, rerank_weight: float) -> None:
+    def _keep(self, model: RetrievalModel, rerank_weights: RerankWeights) -> None:
         job = self.job
         save_model(
             self.checkpoint,
@@ -158,5 +158,9 @@ class Session:
             config=configs.to_dict(job.config),
             data=job.origin,
             objective=job.train.objective,
-            rerank_weight=rerank_weight,
+            rerank_weights=rerank_weights,
         )
+
+
+def _weights_of(row: dict[str, Any]) -> RerankWeights:
+    return RerankWeights(**row["rerank_weights"])

@@ -25,6 +25,7 @@ from vicvlm_cli.data.tokenizer import Tokenizer
 from vicvlm_cli.device import keep_freed_memory
 from vicvlm_cli.errors import UsageError, UserError
 from vicvlm_cli.model.create import build_model, create_model
+from vicvlm_cli.model.vlm import RerankWeights
 from vicvlm_cli.objectives import create_objective, recipe_of
 from vicvlm_cli.report.profile import Profile
 from vicvlm_cli.report.progress import Progress
@@ -60,7 +61,7 @@ class TrainResult:
     steps: int
     pairs: int
     seconds: float
-    rerank_weight: float
+    rerank_weights: RerankWeights
     profile: Profile | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -70,6 +71,7 @@ class TrainResult:
             "checkpoint": str(self.checkpoint),
             "run": str(self.run),
             "losses": summary_dicts(self.losses),
+            "rerank_weights": self.rerank_weights._asdict(),
             "profile": self.profile.to_dict() if self.profile else None,
             "pairs_per_second": round(self.pairs / max(self.seconds, 1e-9), 1),
         }
@@ -246,7 +248,7 @@ def _train(
         recorder=recorder,
         progress=progress,
     )
-    rerank_weight = session.finish()
+    rerank_weights = session.finish()
     accelerator.end_training()
     rows = job.position.validation
     result = TrainResult(
@@ -258,7 +260,7 @@ def _train(
         steps=job.position.step,
         pairs=job.position.pairs,
         seconds=round(job.position.seconds, 1),
-        rerank_weight=rerank_weight,
+        rerank_weights=rerank_weights,
         profile=recorder.profile,
     )
     if accelerator.is_main_process:
