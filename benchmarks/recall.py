@@ -5,9 +5,10 @@
     python benchmarks/recall.py report
 
 DATA is a prepared Flickr8k, FILE the ImageNet weights of deit_tiny_patch16_224. Each budget is CPU
-time of pretraining and fine-tuning together: S is 30 core-minutes (15 minutes of two cores), L is
-60. Finished rows are kept in benchmarks/results/recall as small JSON files and not run again; with
-`--piece 9` no call takes longer than about nine minutes, and the same call goes on.
+time of pretraining and fine-tuning together: XS, for a first look, is 12 core-minutes, S is 30 (15
+minutes of two cores), L is 60. Finished rows are kept in benchmarks/results/recall as small JSON
+files and not run again; with `--piece 9` no call takes longer than about nine minutes, and the same
+call goes on.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from trainings import Run, Unfinished, advance
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
-MINUTES = {"S": 30.0, "L": 60.0}
+MINUTES = {"XS": 12.0, "S": 30.0, "L": 60.0}
 RESULTS = Path(__file__).parent / "results" / "recall"
 WORK = Path("runs") / "recall"
 
@@ -73,6 +74,12 @@ ROWS: dict[str, tuple[str, ...]] = {
     **{f"itc-frozen-{n}": (*ALONE, f"pretrain.frozen_blocks={n}") for n in (3, 6)},
     "itc-batch-64-frozen-6": (*ALONE, *SMALL_STEPS),
     "vicvlm-batch-64-frozen-6": SMALL_STEPS,
+    # Pictures of 96 and 128 pixels have 36 and 64 patches, those of 160 and 192 have 100 and 144.
+    **{
+        f"itc-size-{n}": (*ALONE, f"model.image_size={n}", f"model.eval_image_size={n + 32}")
+        for n in (96, 160, 192)
+    },
+    "itc-eval-128": (*ALONE, "model.eval_image_size=128"),
     "itc-more-captions": (*ALONE, "data.more_captions=1"),
 }
 
@@ -89,7 +96,7 @@ def run(
     data: Annotated[Path, typer.Argument(help="Prepared data set.")],
     row: Annotated[list[str], typer.Option(help="Which; repeatable, NAME or NAME:SEED.")],
     weights: Annotated[Path, typer.Option(help="ImageNet weights of the image encoder.")],
-    budget: Annotated[str, typer.Option(help="S or L.")] = "S",
+    budget: Annotated[str, typer.Option(help="XS, S or L.")] = "S",
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Another configuration, named by --row.")
     ] = None,
@@ -129,7 +136,7 @@ def run(
 
 
 @app.command()
-def report(budget: Annotated[str, typer.Option(help="S or L.")] = "S") -> None:
+def report(budget: Annotated[str, typer.Option(help="XS, S or L.")] = "S") -> None:
     """The table of a budget, in Markdown."""
     found: dict[str, list[dict[str, Any]]] = {}
     for file in sorted((RESULTS / budget).glob("*.json")):
