@@ -75,11 +75,8 @@ ROWS: dict[str, tuple[str, ...]] = {
     "itc-batch-64-frozen-6": (*ALONE, *SMALL_STEPS),
     "vicvlm-batch-64-frozen-6": SMALL_STEPS,
     # Pictures of 96 and 128 pixels have 36 and 64 patches, those of 160 and 192 have 100 and 144.
-    **{
-        f"itc-size-{n}": (*ALONE, f"model.image_size={n}", f"model.eval_image_size={n + 32}")
-        for n in (96, 160, 192)
-    },
-    "itc-eval-128": (*ALONE, "model.eval_image_size=128"),
+    **{f"itc-size-{n}": (*ALONE, f"model.image_size={n}") for n in (96, 160, 192)},
+    "itc-eval-128": (*ALONE, "model.eval_image_scale=1"),
     "itc-more-captions": (*ALONE, "data.more_captions=1"),
 }
 

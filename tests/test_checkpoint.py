@@ -176,6 +176,11 @@ def test_a_damaged_header_is_refused(
     assert str(path) in message and "damaged" in message
 
 
+def test_an_older_file_has_one_weight_for_both_directions(saved: Path, tmp_path: Path) -> None:
+    path = rewrite(saved, tmp_path / "a.safetensors", rerank_weights=None, rerank_weight="0.5")
+    assert load_model(path, device="cpu").info.rerank_weights == (0.5, 0.5)
+
+
 def test_weights_that_do_not_fit_the_header_are_refused(saved: Path, tmp_path: Path) -> None:
     with safe_open(saved, framework="pt") as file:
         header = file.metadata()

@@ -89,6 +89,8 @@ def test_batches_of_a_step() -> None:
     wide = TrainConfig(batch_size=16, contrastive_batch=64)
     assert wide.step_batches == 4 and wide.caches_contrast
     alone = TrainConfig(batch_size=16, contrastive_batch=16)
+    more = TrainConfig(batch_size=16, contrastive_batch=16, accumulate=4)
+    assert more.step_batches == 4 and not more.caches_contrast
     assert alone.step_batches == 1 and not alone.caches_contrast
     assert not TrainConfig(accumulate=2).caches_contrast
     for settings, words in (

@@ -55,7 +55,7 @@ def test_features_are_the_models_own(tiny_model):
 
 
 def test_pictures_are_embedded_at_the_size_for_evaluation():
-    vlm = make_model(fusion="cross_attention", eval_image_size=24)
+    vlm = make_model(fusion="cross_attention", eval_image_scale=0.8)
     seen: list[tuple[int, ...]] = []
     encode = vlm.encode_image
     vlm.encode_image = lambda image: seen.append(tuple(image.shape)) or encode(image)

@@ -99,12 +99,14 @@ def load_model(path: str | Path, device: torch.device | str | None = None) -> Lo
         config = json.loads(header["config"])
         model = build_model(from_dict(ModelConfig, config["model"]))
         tokenizer = Tokenizer.from_json(header["tokenizer"])
+        # Older files have one number for both directions.
+        weights = header.get("rerank_weights") or header["rerank_weight"]
         info = CheckpointInfo(
             format_version=int(header["format_version"]),
             config=config,
             data=json.loads(header["data"]),
             objective=header["objective"],
-            rerank_weights=RerankWeights.of(json.loads(header["rerank_weights"])),
+            rerank_weights=RerankWeights.of(json.loads(weights)),
             sha256=_sha256(path),
             path=path.resolve(),
         )

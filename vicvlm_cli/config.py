@@ -41,7 +41,7 @@ class ModelConfig:
     image_encoder: str = "vit_small_patch16_224"
     image_weights: str = ""
     image_size: int = 224
-    eval_image_size: int = 0  # of pictures that are embedded, not trained on; 0: the same
+    eval_image_scale: float = 1.0  # side of pictures that are embedded, in that of training
     image_options: dict[str, Any] = field(default_factory=dict)
     image_pool: str = "mean"  # or "max", which finds small things sooner; the class token is added
     image_positions: str = "learned"  # or "sincos": fixed-scale start, for short runs from scratch
@@ -135,7 +135,7 @@ class TrainConfig:
                 ``accumulate``.
         """
         pairs, size = self.contrastive_batch, self.batch_size
-        if not pairs:
+        if pairs in (0, size):  # one batch
             return self.accumulate
         if pairs % size:
             raise UsageError(
@@ -152,7 +152,7 @@ class TrainConfig:
     @property
     def caches_contrast(self) -> bool:
         """Whether ITC is over more batches than one."""
-        return self.contrastive_batch > 0 and self.step_batches > 1
+        return self.contrastive_batch > self.batch_size and self.step_batches > 1
 
 
 @dataclass(frozen=True)
@@ -187,13 +187,22 @@ CHOICES = {
 }
 POSITIVE = (
     *("image_size", "text_width", "text_heads", "vocab_size", "max_tokens", "projection_dim"),
-    *("temperature", "crop_scale", "batch_size", "accumulate", "epochs", "lr", "grad_clip"),
+    *(
+        "temperature",
+        "eval_image_scale",
+        "crop_scale",
+        "batch_size",
+        "accumulate",
+        "epochs",
+        "lr",
+        "grad_clip",
+    ),
     *("itm_negatives", "masked_stride", "predictor_width", "every"),
 )
 NOT_NEGATIVE = (
     *("weight", "start", "ramp", "seed", "max_minutes", "image_lr", "weight_decay", "warmup"),
     *("validate_every", "validation_images", "rerank_top_k", "color_jitter", "text_dropout"),
-    *("more_captions", "frozen_blocks", "eval_image_size", "contrastive_batch"),
+    *("more_captions", "frozen_blocks", "contrastive_batch"),
 )
 
 

@@ -56,8 +56,8 @@ def test_another_size_has_its_positions_resampled_and_its_own_is_as_before(
     name: str, options: dict[str, Any]
 ) -> None:
     encoder, own = encoder_and_timm(name, options)
-    both = ImageEncoder(name, 32, {**TINY, **options}, "learned", other_size=48).eval()
-    assert both.grid == (4, 4)
+    both = ImageEncoder(name, 32, {**TINY, **options}, "learned", eval_scale=1.5).eval()
+    assert both.grid == (4, 4) and both.eval_size == 48 and encoder.eval_size == 32
     both.vit.load_state_dict(own.state_dict())
     image = torch.randn(3, 3, 32, 32)
     torch.testing.assert_close(both(image), encoder(image), rtol=1e-5, atol=1e-6)

@@ -147,7 +147,7 @@ def test_weights_with_statistics_of_their_own_override_the_configured(tmp_path: 
 
 @pytest.mark.parametrize("fusion", ["cross_attention", "co_attention", "single_stream"])
 def test_pictures_may_be_embedded_at_another_size_than_trained_at(fusion: str) -> None:
-    model = make_model(fusion=fusion, eval_image_size=48)
+    model = make_model(fusion=fusion, eval_image_scale=1.5)
     assert (model.eval_image_size, model.image_encoder.grid) == (48, (4, 4))
     same = make_model(fusion=fusion)
     assert same.eval_image_size == 32

@@ -13,6 +13,7 @@ from torch import nn
 
 from vicvlm_cli.config import LossConfig, TrainConfig, load_config
 from vicvlm_cli.errors import UsageError
+from vicvlm_cli.model.create import create_model
 from vicvlm_cli.model.fusion import FUSIONS
 from vicvlm_cli.model.vlm import VLM
 from vicvlm_cli.objectives import OBJECTIVES, create_objective, recipe_of
@@ -302,6 +303,14 @@ def test_the_recipe_names_losses_that_there_are(
     assert replace(config.pretrain, objective="", losses={}, options={}) == replace(
         plain.pretrain, objective="", losses={}, options={}
     )
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_method_fits_the_preset_for_photographs(name: str) -> None:
+    wanted = [f"pretrain.objective={name}", "model.image_weights=''"]
+    config = load_config("vicvlm-tiny-photos", overrides=wanted, recipe_of=recipe_of).model
+    model = create_model(config, 100)
+    assert model.eval_image_size == (128 if config.fusion == "concat" else 160)
 
 
 def test_without_a_preset_the_method_brings_its_losses(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from tiny_training import Heard, equal, rows, run, weights
+from tiny_training import QUIET, Heard, equal, rows, run, weights
 
 from vicvlm_cli.errors import UserError
 from vicvlm_cli.report.tables import training_tables
@@ -82,6 +82,8 @@ def test_where_no_trace_can_go_is_said_before_anything_else(tmp_path: Path) -> N
         (tmp_path / "none", "there is no folder .*none; make it first, or name a file that ends"),
         (tmp_path / "none" / "a.json", "there is no folder .*none; make it first$"),
         (tmp_path / "folder.json", "is a folder with the name of a file"),
+        (tmp_path / f"{300 * 'a'}.json", "cannot be written to .*; choose another place"),
+        (tmp_path / "a\0b.json", "cannot be written to .*; choose another place"),
     ):
         with pytest.raises(UserError, match=text):  # the data set is not looked for yet
             run(tmp_path / "no data", tmp_path / "run", profile=given)
@@ -115,3 +117,23 @@ def test_a_trace_that_is_not_written_costs_a_warning_only(
             recorder.step()
     assert recorder.profile is None
     assert any(note.startswith("warning: the profile") for note in heard.notes)
+
+
+def test_a_step_that_is_broken_off_counts_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    monkeypatch.setattr(profiles, "SKIPPED", 1)
+    recorder = Recorder(tmp_path / "trace.json", torch.device("cpu"), QUIET)
+    with pytest.raises(KeyboardInterrupt), recorder:
+        for step in range(3):
+            for _ in range(1 if step < 2 else 50):
+                with recorder.part("forward"):
+                    torch.ones(3).sum()
+            if step == 2:
+                raise KeyboardInterrupt
+            recorder.step()
+    assert recorder.profile is not None and recorder.profile.steps == 1
+    (forward,) = [part for part in recorder.profile.parts if part.name == "forward"]
+    assert forward.calls == 1 and forward.share <= 1

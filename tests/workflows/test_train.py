@@ -291,9 +291,8 @@ def test_losses_come_in_on_schedule(scenes: Path, tmp_path: Path) -> None:
         (["pretrain.objective=clib"], "there is no objective 'clib'"),
         (["pretrain.options.mask_block=3"], "mask_block=3 does not tile the grid of 4x4"),
         (["model.image_size=36"], "image_size=36 is not a multiple of .* patch of 8"),
-        (["model.eval_image_size=36"], "eval_image_size=36 is not a multiple of .* patch of 8"),
         (
-            ["model.eval_image_size=40", "model.fusion=concat"],
+            ["model.eval_image_scale=1.25", "model.fusion=concat"],
             "fusion=concat numbers the patches of model.image_size and no others",
         ),
         (["pretrain.rate=1"], "'pretrain.rate' is not a setting"),

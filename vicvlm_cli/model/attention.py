@@ -69,7 +69,7 @@ def attend_few(attention: Any, tokens: Tensor, context: Tensor, mask: Tensor) ->
     rows, few, heads = len(tokens), tokens.shape[1], of.num_attention_heads
 
     def by_row(x: Tensor) -> Tensor:  # [heads, B * W, n] to [B, W * heads, n]
-        return x.view(heads, rows, few, -1).permute(1, 2, 0, 3).flatten(1, 2)
+        return x.view(heads, rows, few, x.shape[-1]).permute(1, 2, 0, 3).flatten(1, 2)
 
     query = of.query(tokens) * of.attention_head_size**-0.5
     context = context.to(query.dtype)
@@ -83,8 +83,8 @@ def attend_few(attention: Any, tokens: Tensor, context: Tensor, mask: Tensor) ->
     share = taken.sum(-1).view(rows * few, heads, 1)  # 1 but for dropout
     out = (taken @ context).view(rows * few, heads, -1).transpose(0, 1)  # [heads, B * W, D]
     out = out @ of.value.weight.view(heads, -1, context.shape[-1]).transpose(1, 2)
-    of_bias = share * of.value.bias.to(out.dtype).view(heads, -1)
-    out = out.transpose(0, 1) + of_bias  # [B * W, heads, d]
+    bias = share * of.value.bias.to(out.dtype).view(heads, -1)
+    out = out.transpose(0, 1) + bias  # [B * W, heads, d]
     return attention.output(out.reshape(rows, few, -1), tokens)
 
 

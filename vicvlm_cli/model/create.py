@@ -44,10 +44,10 @@ def create_model(config: ModelConfig, vocab_size: int) -> RetrievalModel:
         config, image_encoder=name, image_weights="", text_encoder="", vocab_size=vocab_size
     )
     resolved = replace(resolved, **statistics)
-    if config.fusion == "concat" and config.eval_image_size not in (0, config.image_size):
+    if config.fusion == "concat" and config.eval_image_scale != 1:
         raise UsageError(
-            "model.fusion=concat numbers the patches of model.image_size and no others: leave out "
-            "model.eval_image_size, or choose another fusion"
+            "model.fusion=concat numbers the patches of model.image_size and no others: give "
+            "--set model.eval_image_scale=1, or choose another fusion"
         )
     if config.text_width % config.text_heads:
         raise UserError(

@@ -34,11 +34,11 @@ class ImageEncoder(nn.Module):
 
     Args:
         size: side in pixels of the pictures that it is trained on.
-        other_size: another side that it may be given; learned positions are then resampled to the
-            grid of the pictures at hand. 0: there is none.
+        eval_scale: what the side of pictures in evaluation is of ``size``, rounded to whole
+            patches; positions are resampled to their grid.
 
     Raises:
-        UserError: the name is not a timm ViT, its weights cannot be loaded, or a side is not a
+        UserError: the name is not a timm ViT, its weights cannot be loaded, or ``size`` is not a
             multiple of its patches.
     """
 
@@ -49,14 +49,14 @@ class ImageEncoder(nn.Module):
         options: dict[str, Any],
         positions: str,
         weights: str = "",
-        other_size: int = 0,
+        eval_scale: float = 1.0,
     ) -> None:
         super().__init__()
         # timm decides between fused and eager attention when a block is made. Measured on CPUs in
         # bf16, the backward of the fused kernel costs more than half of a training step.
         timm.layers.set_fused_attn(torch.cuda.is_available())
         arguments = {"num_classes": 0, "img_size": size, **options}
-        if other_size not in (0, size):
+        if eval_scale != 1:
             arguments["dynamic_img_size"] = True
         if weights == "hub":
             arguments["pretrained"] = True
@@ -68,11 +68,10 @@ class ImageEncoder(nn.Module):
                 "vit_* or deit_* model, such as vit_small_patch16_224"
             )
         patch = max(vit.patch_embed.patch_size)
-        for key, side in (("image_size", size), ("eval_image_size", other_size)):
-            if side % patch:
-                raise UserError(
-                    f"model.{key}={side} is not a multiple of {name!r}'s patch of {patch}"
-                )
+        if size % patch:
+            raise UserError(
+                f"model.image_size={size} is not a multiple of {name!r}'s patch of {patch}"
+            )
         if weights and weights != "hub":
             _load_weights(vit, name, weights)
         make_lean(vit)
@@ -80,6 +79,7 @@ class ImageEncoder(nn.Module):
         self.width: int = vit.embed_dim
         self.grid: tuple[int, int] = tuple(vit.patch_embed.grid_size)
         self.prefix: int = vit.num_prefix_tokens
+        self.eval_size: int = max(1, round(eval_scale * size / patch)) * patch
         if positions == "sincos" and not weights:
             # timm starts positions at a std of 0.02 beside patches of about 0.3; a short training
             # from scratch never learns them. Half-scale sine-cosine is there from the first step.

@@ -60,7 +60,7 @@ class SingleStream(RetrievalModel):
             config.image_options,
             config.image_positions,
             image_weights,
-            config.eval_image_size,
+            config.eval_image_scale,
         )
         width = encoder.width
         super().__init__(replace(config, text_width=width))

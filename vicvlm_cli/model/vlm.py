@@ -102,7 +102,7 @@ class RetrievalModel(nn.Module):
         Random crops magnify what they show. Whole pictures of the same side then show everything
         smaller than in training, those of a larger side do not (FixRes, arXiv 1906.06423).
         """
-        return self.config.eval_image_size or self.config.image_size
+        return self.image_encoder.eval_size
 
     @property
     def pair_score(self) -> PairScore | None:
@@ -151,7 +151,7 @@ class VLM(RetrievalModel):
             config.image_options,
             config.image_positions,
             image_weights,
-            config.eval_image_size,
+            config.eval_image_scale,
         )
         bert = _bert_of(config)
         self.text_encoder = TextEncoder(bert)

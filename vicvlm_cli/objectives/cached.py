@@ -33,9 +33,8 @@ class CachedContrast:
 
     def __init__(self, batches: int, parameters: Sequence[Tensor]) -> None:
         self.batches, self.parameters = batches, parameters
-        self._rows: list[
-            list[Tensor]
-        ] = []  # of each batch: tensors of all processes' rows [G, ...]
+        # Of each batch: tensors of all processes' rows [G, ...].
+        self._rows: list[list[Tensor]] = []
         self._returned = 0  # batches that came again
         self._value: tuple[Tensor, Tensor] | None = None
         self._row_gradients: list[Tensor | None] = []

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vicvlm_cli.data.batches import Batch
 from vicvlm_cli.data.tokenizer import Tokenizer
 from vicvlm_cli.errors import UsageError
+from vicvlm_cli.model.attention import take
 from vicvlm_cli.model.vlm import VLM, Encoded
 from vicvlm_cli.objectives import losses
 from vicvlm_cli.objectives.alignment import clamp_temperature, contrast, match, require_matching
@@ -47,7 +48,7 @@ class MAMO(nn.Module):
     LOSSES = ("itc", "itm", "mlm", "mim", "mrm")
     CACHES_CONTRAST: ClassVar[bool] = True
     RECIPE: ClassVar[dict[str, Any]] = {
-        "model": {"fusion": "concat"},
+        "model": {"fusion": "concat", "eval_image_scale": 1.0},
         "pretrain": {"losses": {"itc": {}, "itm": {}, "mlm": {}, "mim": {}, "mrm": {}}},
         "finetune": {"objective": "retrieval", "losses": {"itc": {}, "itm": {}}},
     }
@@ -224,7 +225,7 @@ class MAMO(nn.Module):
             # What all patches of a picture share goes: it is most of what a ViT's patches are, and
             # predicting it is no task. Layer normalisation would leave it in.
             target = losses.standardize_patches(visual)
-        total = losses.l1_sum(guess, _at(target, masked))
+        total = losses.l1_sum(guess, take(target, masked))
         trivial = losses.l1_trivial(target, masked)
         return channels * global_mean(total, masked.numel()), channels * trivial
 
@@ -237,7 +238,7 @@ class MAMO(nn.Module):
         """
         assert clean.patches is not None and clean.words is not None
         of_patches, of_words = self._latent(clean.patches), self._latent(clean.words[hidden])
-        target = _at(of_patches, masked)
+        target = take(of_patches, masked)
         sides = (
             global_mean(losses.mim_sum(self.mrm_head(patches), target), masked.numel()),
             global_mean(losses.mim_sum(self.mrm_head(words), of_words), len(of_words)),
@@ -261,11 +262,6 @@ class MAMO(nn.Module):
 def _predictor(width: int, out: int) -> nn.Sequential:
     """BYOL's predictor (arXiv 2006.07733, sec. 3.1), on the online side alone."""
     return nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, out))
-
-
-def _at(x: Tensor, index: Tensor) -> Tensor:
-    """The rows of [B, N, D] numbered [B, M], as [B, M, D]."""
-    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
 def _blank(pixels: Tensor, hidden: Tensor, grid: tuple[int, int]) -> Tensor:

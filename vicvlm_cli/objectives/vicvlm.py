@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vicvlm_cli.data.batches import Batch
 from vicvlm_cli.data.tokenizer import Tokenizer
 from vicvlm_cli.errors import UsageError
+from vicvlm_cli.model.attention import take
 from vicvlm_cli.model.vlm import VLM, Encoded
 from vicvlm_cli.objectives import losses
 from vicvlm_cli.objectives.alignment import clamp_temperature, contrast, match, require_matching
@@ -45,8 +46,8 @@ class VicVLM(nn.Module):
     """
 
     LOSSES = ("itc", "itm", "mim", "joint_mim", "mlm", "variance", "covariance", "invariance")
-    # Small weights, and ITC first: with all at 1 from the start, short trainings learn nothing.
     CACHES_CONTRAST: ClassVar[bool] = True
+    # Small weights, and ITC first: with all at 1 from the start, short trainings learn nothing.
     RECIPE: ClassVar[dict[str, Any]] = {
         "pretrain": {
             "losses": {
@@ -200,8 +201,7 @@ class VicVLM(nn.Module):
         return _MaskedImage(encoder(pixels, keep), keep, masked, target)
 
     def _mim(self, guess: Tensor, masked: _MaskedImage) -> Tensor:
-        index = masked.masked.unsqueeze(-1).expand(-1, -1, masked.target.shape[-1])
-        total = losses.mim_sum(guess, masked.target.gather(1, index))
+        total = losses.mim_sum(guess, take(masked.target, masked.masked))
         return global_mean(total, masked.masked.numel())
 
     def _joint(self, masked: _MaskedImage, text: Encoded) -> tuple[Tensor, Tensor]:

@@ -34,19 +34,24 @@ def trace_file(given: Path, kind: str) -> Path:
     """
     is_file = given.name.endswith((".json", ".json.gz"))
     path = given if is_file else given / f"{kind}-trace.json.gz"
-    if not path.parent.is_dir():
-        hint = "" if is_file else ", or name a file that ends in .json or .json.gz"
-        raise UserError(f"--profile {given}: there is no folder {path.parent}; make it first{hint}")
-    if path.is_dir():
-        raise UserError(f"--profile {given} is a folder with the name of a file: choose another")
     probe = path.with_name(f".{os.getpid()}.{path.name}")
     try:
+        if not path.parent.is_dir():
+            hint = "" if is_file else ", or name a file that ends in .json or .json.gz"
+            raise UserError(
+                f"--profile {given}: there is no folder {path.parent}; make it first{hint}"
+            )
+        if path.is_dir():
+            raise UserError(
+                f"--profile {given} is a folder with the name of a file: choose another"
+            )
         probe.touch()
         probe.unlink()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # the last: a name with a zero byte
+        reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"--profile {given}: {path.parent} cannot be written to ({error.strerror}); choose "
-            "another folder"
+            f"--profile {given}: {path.parent} cannot be written to ({reason}); choose another "
+            "place"
         ) from error
     return path
 
@@ -65,8 +70,12 @@ class Recorder:
         self._on_gpu = device.type == "cuda"
         self._profiler: torch.profiler.profile | None = None
         self._steps, self._began, self._ended = 0, 0.0, 0.0
-        self._parts: dict[str, list[float]] = {}  # seconds on the host
+        # Of whole steps: seconds on the host, and events in the GPU's queue.
+        self._parts: dict[str, list[float]] = {}
         self._marks: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {}
+        # Of the step that is not over, and may never be.
+        self._unfinished: list[tuple[str, float, torch.cuda.Event | None, torch.cuda.Event | None]]
+        self._unfinished = []
 
     def __enter__(self) -> Recorder:
         if self.path is not None:
@@ -111,16 +120,14 @@ class Recorder:
     def _part(self, name: str) -> Iterator[None]:
         # Measured here as well: the trace's ranges do not see what autograd's threads launch, and
         # events in the GPU's own queue do.
-        first, last = self._mark(), None
+        first = self._mark()
         began = time.perf_counter()
         try:
             with record_function(name):
                 yield
         finally:
-            self._parts.setdefault(name, []).append(time.perf_counter() - began)
-            last = self._mark()
-            if first is not None and last is not None:
-                self._marks.setdefault(name, []).append((first, last))
+            spent = time.perf_counter() - began
+            self._unfinished.append((name, spent, first, self._mark()))
 
     def _mark(self) -> torch.cuda.Event | None:
         if not self._on_gpu:
@@ -147,6 +154,11 @@ class Recorder:
         if recorded:
             self._steps += 1
             self._ended = time.perf_counter()
+            for name, spent, first, last in self._unfinished:
+                self._parts.setdefault(name, []).append(spent)
+                if first is not None and last is not None:
+                    self._marks.setdefault(name, []).append((first, last))
+            self._unfinished = []
         self._profiler.step()
         if not recorded and self._recording:
             self._began = time.perf_counter()
