@@ -8,6 +8,7 @@ from vicvlm_cli.data.prepared import PreparedDataset
 from vicvlm_cli.evaluation.recall import evaluate_features, ranks, similarity
 from vicvlm_cli.evaluation.rerank import Reranking, candidates, match_pairs, rerank
 from vicvlm_cli.evaluation.tokens import encode_split
+from vicvlm_cli.model.vlm import RerankWeights
 from vicvlm_cli.report.progress import Progress
 
 QUIET = Progress(quiet=True)
@@ -182,3 +183,21 @@ def test_rerank_scores_each_wanted_pair_once(tiny_model, tiny_data, monkeypatch)
     assert torch.equal(found.text_logit, image * 1000.0 + found.texts.index)
     dual = evaluate_features(features.image, features.text, features.text_image)
     assert found.metrics(0.0) == dual
+
+
+@pytest.mark.parametrize("weights", [(0.7, 0.0), (0.0, 0.7)])
+def test_a_direction_of_weight_0_is_not_scored(weights, tiny_model, tiny_data, monkeypatch):
+    features = encoded(tiny_model, PreparedDataset.open(tiny_data).split("test"))
+    given, scored = RerankWeights(*weights), []
+
+    def counting(*arguments, **options):
+        scored.append(len(arguments[2]))
+        return match_pairs(*arguments, **options)
+
+    monkeypatch.setattr("vicvlm_cli.evaluation.rerank.match_pairs", counting)
+    options = {"top_k": 4, "precision": "no", "progress": QUIET}
+    both = rerank(tiny_model.vlm, features, **options)
+    one = rerank(tiny_model.vlm, features, weights=given, **options)
+    assert one.metrics(given) == both.metrics(given) != both.dual
+    queries = 60 if given.image_retrieval else 12
+    assert scored[1] == 4 * queries < scored[0]

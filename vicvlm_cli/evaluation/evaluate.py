@@ -156,7 +156,9 @@ def evaluate_split(
             vlm, features, rerank_weights, precision=precision, progress=progress
         )
         return Evaluation(dual, table, rerank_weights, 0, own)
-    scored = rerank(vlm, features, top_k=top_k, precision=precision, progress=progress)
+    scored = rerank(
+        vlm, features, top_k=top_k, weights=rerank_weights, precision=precision, progress=progress
+    )
     if own is not None and own.alone:
         texts, pictures = scored.reach
         progress.say(

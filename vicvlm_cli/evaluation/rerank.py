@@ -193,10 +193,14 @@ def rerank(
     features: SplitFeatures,
     *,
     top_k: int = TOP_K,
+    weights: RerankWeights | None = None,
     precision: str = "auto",
     progress: Progress,
 ) -> Reranking:
     """Finds the top k of both directions and scores every pair among them once.
+
+    A direction of weight 0 is left unscored: its order is that of the cosines in any case. Without
+    ``weights`` both are scored.
 
     Raises ValueError where `features` were made without tokens, or the model cannot match.
     """
@@ -208,12 +212,13 @@ def rerank(
     texts = candidates(features.image, features.text, image_group, text_group, top_k)
     # A pair may be a candidate in both directions; it is one number, number = image * T + text.
     count = len(features.text)
-    wanted = [
+    numbers = (
         (images.index * count + torch.arange(count)[:, None]).flatten(),
         (texts.index + image_group[:, None] * count).flatten(),
-    ]
-    pairs, where = torch.cat(wanted).unique(return_inverse=True)
-    logits = match_pairs(
+    )
+    asked = [x if w else x[:0] for x, w in zip(numbers, weights or (1.0, 1.0), strict=True)]
+    pairs, where = torch.cat(asked).unique(return_inverse=True)
+    found = match_pairs(
         vlm,
         features,
         pairs // count,
@@ -221,7 +226,10 @@ def rerank(
         precision=precision,
         progress=progress,
     )[where]
-    first, second = logits.split([images.index.numel(), texts.index.numel()])
+    parts = found.split([len(x) for x in asked])
+    first, second = (
+        part if len(part) else torch.zeros(len(x)) for part, x in zip(parts, numbers, strict=True)
+    )
     return Reranking(
         images=images,
         texts=texts,
