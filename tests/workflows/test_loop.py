@@ -21,13 +21,12 @@ from vicvlm_cli.objectives import create_objective
 from vicvlm_cli.objectives.ranks import Noise
 from vicvlm_cli.workflows.loop import (
     augment,
-    find_run_state,
     lr_factor,
     parameter_groups,
-    save_run_state,
     total_steps,
 )
 from vicvlm_cli.workflows.metrics import Metrics
+from vicvlm_cli.workflows.state import find_run_state, save_run_state
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ import pytest
 from tiny_training import BARE, QUIET, TINY, Heard, equal, rows, run, weights
 
 from vicvlm_cli.errors import UsageError, UserError
-from vicvlm_cli.workflows import loop
 from vicvlm_cli.workflows.metrics import Metrics
 from vicvlm_cli.workflows.prepare import prepare
+from vicvlm_cli.workflows.stopping import StopAtStep
 from vicvlm_cli.workflows.train import TrainResult, finetune, pretrain
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -161,7 +161,7 @@ def test_what_cannot_be_resumed(pretrained: TrainResult, scenes: Path, tmp_path:
 
 def test_ctrl_c_waits_for_the_step_and_twice_does_not() -> None:
     before = signal.getsignal(signal.SIGINT)
-    stopping = loop._StopAtStep(enabled=True)
+    stopping = StopAtStep(enabled=True)
     with pytest.raises(KeyboardInterrupt), stopping:
         ctrl_c()
         assert stopping.asked  # and nothing was raised

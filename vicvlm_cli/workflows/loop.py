@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import shutil
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -31,22 +24,12 @@ from vicvlm_cli.workflows.inputs import Input, cached_inputs, plain_inputs
 from vicvlm_cli.workflows.launch import make_rows
 from vicvlm_cli.workflows.metrics import LOG_STEPS, Metrics
 from vicvlm_cli.workflows.profile import Recorder
+from vicvlm_cli.workflows.state import Position
+from vicvlm_cli.workflows.stopping import StopAtStep
 
 T = TypeVar("T")
 # Never decayed: they are few, and their size means something (biases, norms, embeddings, scale).
 NO_DECAY = ("embed", "bias", "norm", "token", "logit_scale")
-
-
-@dataclass
-class Position:
-    """Where a run stands: what, with the weights, makes it go on as if it had never stopped."""
-
-    step: int = 0
-    seconds: float = 0.0
-    pairs: int = 0
-    validation: list[dict[str, Any]] = field(default_factory=list)
-    losses: dict[str, Any] = field(default_factory=dict)
-    best: float = -1.0
 
 
 def parameter_groups(objective: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
@@ -167,7 +150,7 @@ def run_loop(
         )
     pin = accelerator.device.type == "cuda"
     objective.train()
-    stopping = _StopAtStep(enabled=accelerator.num_processes == 1)
+    stopping = StopAtStep(enabled=accelerator.num_processes == 1)
     goal = steps * config.step_batches * per_batch
     with stopping, recorder, progress.bar("training", total=goal, unit="pairs") as bar:
         bar.advance(position.pairs)
@@ -246,55 +229,3 @@ def run_loop(
                 if share >= 1:
                     break
     position.losses = metrics.history
-
-
-class _StopAtStep:
-    """Turns Ctrl-C into a wish to stop at the end of the step, so that the state can be saved.
-
-    Only for a single process: several would each stop at a step of their own.
-    """
-
-    def __init__(self, enabled: bool) -> None:
-        self.enabled = enabled and threading.current_thread() is threading.main_thread()
-        self.asked = False
-
-    def __enter__(self) -> None:
-        if self.enabled:
-            self._before = signal.signal(signal.SIGINT, self._ask)
-
-    def __exit__(self, *_: object) -> None:
-        if self.enabled:
-            signal.signal(signal.SIGINT, self._before)
-
-    def _ask(self, *_: object) -> None:
-        if self.asked:  # the second time is meant
-            raise KeyboardInterrupt
-        self.asked = True
-
-
-def save_run_state(
-    accelerator: Accelerator, folder: Path, tokenizer: Tokenizer, description: dict[str, Any]
-) -> None:
-    """Write everything that resuming needs into ``folder``, whole or not at all."""
-    beside, old = folder.with_name("state.new"), folder.with_name("state.old")
-    if accelerator.is_main_process:
-        shutil.rmtree(beside, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(beside))
-    if accelerator.is_main_process:
-        (beside / "tokenizer.json").write_text(tokenizer.to_json(), "utf-8")
-        (beside / "run.json").write_text(json.dumps(description), "utf-8")
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(beside, folder)
-        shutil.rmtree(old, ignore_errors=True)
-    accelerator.wait_for_everyone()
-
-
-def find_run_state(run: Path) -> Path | None:
-    """The folder of a run's saved state, or None; an interrupted save leaves the one before."""
-    for name in ("state", "state.old"):
-        if (run / name / "run.json").is_file():
-            return run / name
-    return None

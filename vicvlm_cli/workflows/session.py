@@ -18,8 +18,8 @@ from vicvlm_cli.data.tokenizer import Tokenizer
 from vicvlm_cli.evaluation.evaluate import evaluate_split
 from vicvlm_cli.model.vlm import RerankWeights, RetrievalModel
 from vicvlm_cli.report.progress import Progress
-from vicvlm_cli.workflows.loop import Position, save_run_state
 from vicvlm_cli.workflows.metrics import Metrics
+from vicvlm_cli.workflows.state import Position, save_run_state
 
 
 @dataclass

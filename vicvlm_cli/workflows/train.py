@@ -30,16 +30,11 @@ from vicvlm_cli.objectives import create_objective, recipe_of
 from vicvlm_cli.report.profile import Profile
 from vicvlm_cli.report.progress import Progress
 from vicvlm_cli.workflows.launch import join, make_accelerator, run_folder, with_workers
-from vicvlm_cli.workflows.loop import (
-    Position,
-    find_run_state,
-    parameter_groups,
-    run_loop,
-    total_steps,
-)
+from vicvlm_cli.workflows.loop import parameter_groups, run_loop, total_steps
 from vicvlm_cli.workflows.metrics import LossRow, Metrics, summary_dicts
 from vicvlm_cli.workflows.profile import Recorder, trace_file
 from vicvlm_cli.workflows.session import Job, Session
+from vicvlm_cli.workflows.state import Position, find_run_state
 
 PRESET_OF_SOURCE = {
     "scenes": "vicvlm-tiny",

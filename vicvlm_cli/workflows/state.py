@@ -1,0 +1,54 @@
+"""Where a run stands, and what is written so that it can go on from there."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from vicvlm_cli.data.tokenizer import Tokenizer
+
+
+@dataclass
+class Position:
+    """Where a run stands: what, with the weights, makes it go on as if it had never stopped."""
+
+    step: int = 0
+    seconds: float = 0.0
+    pairs: int = 0
+    validation: list[dict[str, Any]] = field(default_factory=list)
+    losses: dict[str, Any] = field(default_factory=dict)
+    best: float = -1.0
+
+
+def save_run_state(
+    accelerator: Accelerator, folder: Path, tokenizer: Tokenizer, description: dict[str, Any]
+) -> None:
+    """Write everything that resuming needs into ``folder``, whole or not at all."""
+    beside, old = folder.with_name("state.new"), folder.with_name("state.old")
+    if accelerator.is_main_process:
+        shutil.rmtree(beside, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(beside))
+    if accelerator.is_main_process:
+        (beside / "tokenizer.json").write_text(tokenizer.to_json(), "utf-8")
+        (beside / "run.json").write_text(json.dumps(description), "utf-8")
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(beside, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    accelerator.wait_for_everyone()
+
+
+def find_run_state(run: Path) -> Path | None:
+    """The folder of a run's saved state, or None; an interrupted save leaves the one before."""
+    for name in ("state", "state.old"):
+        if (run / name / "run.json").is_file():
+            return run / name
+    return None
