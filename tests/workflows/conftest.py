@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from tiny_training import QUIET, Heard, run
 
@@ -43,3 +44,9 @@ def pretrained(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainR
         result = run(scenes, output, "pretrain.validate_every=1", progress=heard)
         result.notes = heard.notes  # type: ignore[attr-defined]
         return result
+
+
+@pytest.fixture
+def accelerator(monkeypatch: pytest.MonkeyPatch) -> Accelerator:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    return Accelerator()

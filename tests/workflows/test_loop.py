@@ -1,10 +1,9 @@
-"""The parts of the training loop: rates, parameter groups, and the state that resuming needs."""
+"""The parts of the training loop: rates, parameter groups, augmentation, metrics."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 
 import pytest
@@ -26,13 +25,6 @@ from vicvlm_cli.workflows.loop import (
     total_steps,
 )
 from vicvlm_cli.workflows.metrics import Metrics
-from vicvlm_cli.workflows.state import find_run_state, save_run_state
-
-
-@pytest.fixture
-def accelerator(monkeypatch: pytest.MonkeyPatch) -> Accelerator:
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    return Accelerator()
 
 
 def test_the_rate_warms_up_and_falls_as_a_cosine() -> None:
@@ -101,55 +93,6 @@ def test_augmentation_depends_on_the_noise_of_its_step() -> None:
     assert not torch.equal(images[0], images[2])
     plain = augment(batch, 28, DataConfig(crop_scale=0.5), Noise(0, 4, cpu))
     assert not torch.equal(images[0], plain)
-
-
-def test_a_saved_state_comes_back(accelerator: Accelerator, tmp_path: Path) -> None:
-    module = accelerator.prepare(nn.Linear(2, 2))
-    weight = module.weight.detach().clone()
-    assert find_run_state(tmp_path) is None
-    for step in (1, 2):
-        save_run_state(accelerator, tmp_path / "state", make_tokenizer(), {"step": step})
-    state = find_run_state(tmp_path)
-    assert state == tmp_path / "state" and list(tmp_path.iterdir()) == [state]
-    assert json.loads((state / "run.json").read_text()) == {"step": 2}
-    assert (state / "tokenizer.json").read_text() == make_tokenizer().to_json()
-    with torch.no_grad():
-        module.weight.zero_()
-    accelerator.load_state(str(state))
-    assert torch.equal(module.weight, weight)
-
-
-@pytest.mark.parametrize("dies", ["in the middle", "between the renames"])
-def test_a_save_that_dies_leaves_the_one_before(
-    dies: str, accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    accelerator.prepare(nn.Linear(2, 2))
-    save_run_state(accelerator, tmp_path / "state", make_tokenizer(), {"step": 1})
-    moves: list[Path] = []
-    real = os.replace
-
-    def die(folder: Path) -> None:
-        Path(folder).mkdir()
-        raise ZeroDivisionError
-
-    def replace(a: Path, b: Path) -> None:
-        if moves:
-            raise ZeroDivisionError
-        moves.append(a)
-        real(a, b)
-
-    if dies == "in the middle":
-        monkeypatch.setattr(accelerator, "save_state", die)
-    else:
-        monkeypatch.setattr(os, "replace", replace)
-    with pytest.raises(ZeroDivisionError):
-        save_run_state(accelerator, tmp_path / "state", make_tokenizer(), {"step": 2})
-    monkeypatch.undo()
-    state = find_run_state(tmp_path)
-    assert state is not None
-    assert json.loads((state / "run.json").read_text()) == {"step": 1}
-    save_run_state(accelerator, tmp_path / "state", make_tokenizer(), {"step": 3})  # and goes on
-    assert json.loads((tmp_path / "state" / "run.json").read_text()) == {"step": 3}
 
 
 def scalars(**values: float) -> dict[str, torch.Tensor]:
