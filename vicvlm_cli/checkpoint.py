@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,12 @@ def save_model(
         beside.unlink(missing_ok=True)
 
 
-def load_model(path: str | Path, device: torch.device | str | None = None) -> LoadedModel:
+def load_model(
+    path: str | Path,
+    device: torch.device | str | None = None,
+    *,
+    eval_image_scale: float | None = None,
+) -> LoadedModel:
     """Load a checkpoint, or the ``model.safetensors`` of a run's folder, ready for inference.
 
     The one loader. It reads safetensors only, so that nothing in the file can run.
@@ -87,9 +92,12 @@ def load_model(path: str | Path, device: torch.device | str | None = None) -> Lo
     Args:
         path: file or run folder.
         device: where the model goes; None picks the GPU if there is one.
+        eval_image_scale: side of the pictures to embed, in that of training; None is the
+            checkpoint's own.
 
     Raises:
-        UserError: the file is missing, truncated, foreign, or made by a newer version.
+        UserError: the file is missing, truncated, foreign, or made by a newer version, or the model
+            takes no other size of pictures.
     """
     path = Path(path)
     if path.is_dir():
@@ -114,6 +122,8 @@ def load_model(path: str | Path, device: torch.device | str | None = None) -> Lo
         raise UserError(
             f"{path} has a damaged vicvlm header: {error}; train or copy it again"
         ) from error
+    if eval_image_scale is not None:
+        model = build_model(replace(model.config, eval_image_scale=eval_image_scale))
     own = model.state_dict()
     wrong = sorted(
         k for k in own.keys() | tensors.keys() if _shape(own.get(k)) != _shape(tensors.get(k))

@@ -222,6 +222,7 @@ def evaluate(
     split: o.SplitName = "test",
     top_k: o.Candidates = 128,
     all_pairs: o.AllPairs = False,
+    image_scale: o.ImageScale = None,
     batch_size: o.EncodeBatch = 64,
     as_json: o.AsJson = False,
 ) -> None:
@@ -238,6 +239,7 @@ def evaluate(
         split=split,
         top_k=top_k,
         all_pairs=all_pairs,
+        image_scale=image_scale,
         batch_size=batch_size,
         progress=progress,
     )

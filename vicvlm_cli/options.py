@@ -100,6 +100,12 @@ SplitOrAll = Annotated[
 Candidates = Annotated[
     int, _option("Candidates a query that are scored pair by pair; 0: none.", "--top-k", min=0)
 ]
+ImageScale = Annotated[
+    float | None,
+    _option(
+        "Side of the pictures, in that of training. [default: the checkpoint's]", "--image-scale"
+    ),
+]
 AllPairs = Annotated[bool, _option("Score every pair; what it costs is said first.", "--all-pairs")]
 Pictures = Annotated[
     Path | None,

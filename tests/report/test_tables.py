@@ -49,6 +49,7 @@ def report(reranked: bool = True) -> EvaluationReport:
         partial="test has 900 of 1,000 images",
         data_title="flickr30k test (karpathy, 1,000 images, hash 1a2b3c4d, partial: …)",
         precision="float32",
+        image_size=224,
         notes=["the model was trained on this very split [test]"],
     )
 

@@ -102,7 +102,7 @@ def test_in_training_the_weight_is_chosen_on_the_split(tiny_model, tiny_data):
 def test_a_model_without_matching_head_has_one_table(tiny_checkpoint, tiny_data, monkeypatch):
     loaded = load_model(tiny_checkpoint)
     loaded.vlm.itm_head = None
-    monkeypatch.setattr("vicvlm_cli.workflows.evaluate.load_model", lambda _: loaded)
+    monkeypatch.setattr("vicvlm_cli.workflows.evaluate.load_model", lambda _, **__: loaded)
     report = evaluate(tiny_checkpoint, tiny_data, progress=QUIET)
     assert report.evaluation.reranked is None
     assert any("no matching head" in note for note in report.notes)
@@ -136,3 +136,19 @@ def test_mistakes_get_a_sentence(tiny_checkpoint, tiny_data, tmp_path):
         evaluate(tiny_checkpoint, tiny_data, top_k=-1, progress=QUIET)
     with pytest.raises(UsageError, match="--batch-size"):
         evaluate(tiny_checkpoint, tiny_data, batch_size=0, progress=QUIET)
+
+
+def test_pictures_may_be_evaluated_at_another_size(make_checkpoint, tiny_data, capsys):
+    path = make_checkpoint(fusion="cross_attention")
+    own = evaluate(path, tiny_data, top_k=4, progress=QUIET)
+    assert own.image_size == 16
+    large = evaluate(path, tiny_data, top_k=4, image_scale=1.5, progress=Progress())
+    assert large.image_size == large.to_dict()["image_size"] == 24
+    assert "pictures of 24 px" in capsys.readouterr().err
+    assert large.evaluation.dual != own.evaluation.dual
+    assert evaluate(path, tiny_data, top_k=4, image_scale=1.0, progress=QUIET) == own
+    for scale in (0.0, -1.0, 5.0):
+        with pytest.raises(UsageError, match=r"--image-scale must be above 0 and at most 4"):
+            evaluate(path, tiny_data, image_scale=scale, progress=QUIET)
+    with pytest.raises(UsageError, match="--image-scale. to 1, or choose another fusion"):
+        evaluate(make_checkpoint(), tiny_data, image_scale=1.5, progress=QUIET)

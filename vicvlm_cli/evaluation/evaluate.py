@@ -70,6 +70,7 @@ class EvaluationReport:
     partial: str
     data_title: str
     precision: str
+    image_size: int  # side of the pictures as they were embedded
     notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -93,6 +94,7 @@ class EvaluationReport:
             },
             **self.evaluation.to_dict(),
             "precision": self.precision,
+            "image_size": self.image_size,
             "notes": self.notes,
         }
 

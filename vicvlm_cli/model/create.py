@@ -23,7 +23,17 @@ KINDS: dict[str, type[VLM] | type[SingleStream]] = {
 
 
 def build_model(config: ModelConfig, image_weights: str = "") -> RetrievalModel:
-    """The model of a *resolved* configuration, its weights random but for ``image_weights``."""
+    """The model of a *resolved* configuration, its weights random but for ``image_weights``.
+
+    Raises:
+        UsageError: the fusion is of one picture size alone, and pictures of another are to be
+            embedded.
+    """
+    if config.fusion == "concat" and config.eval_image_scale != 1:
+        raise UsageError(
+            "model.fusion=concat numbers the patches of model.image_size and no others: set "
+            "model.eval_image_scale (or --image-scale) to 1, or choose another fusion"
+        )
     return KINDS.get(config.fusion, VLM)(config, image_weights)
 
 
@@ -34,8 +44,8 @@ def create_model(config: ModelConfig, vocab_size: int) -> RetrievalModel:
     rebuilds the same shapes anywhere.
 
     Raises:
-        UserError: an encoder is unknown, does not fit, or its weights cannot be loaded; or the
-            fusion is of one picture size alone and pictures of another are to be embedded.
+        UserError: an encoder is unknown, does not fit, or its weights cannot be loaded; and what
+            :func:`build_model` raises.
     """
     if config.fusion not in FUSIONS:
         config = replace(config, fusion_layers=0)
@@ -44,11 +54,6 @@ def create_model(config: ModelConfig, vocab_size: int) -> RetrievalModel:
         config, image_encoder=name, image_weights="", text_encoder="", vocab_size=vocab_size
     )
     resolved = replace(resolved, **statistics)
-    if config.fusion == "concat" and config.eval_image_scale != 1:
-        raise UsageError(
-            "model.fusion=concat numbers the patches of model.image_size and no others: give "
-            "--set model.eval_image_scale=1, or choose another fusion"
-        )
     if config.text_width % config.text_heads:
         raise UserError(
             f"model.text_width={config.text_width} is not a multiple of "

@@ -16,6 +16,8 @@ from vicvlm_cli.inference import IMAGE_BATCH, autocast_dtype
 from vicvlm_cli.model.vlm import PairScore, RerankWeights
 from vicvlm_cli.report.progress import Progress
 
+MAX_SCALE = 4.0  # of pictures; attention grows with its fourth power
+
 
 def evaluate(
     checkpoint: Path,
@@ -24,6 +26,7 @@ def evaluate(
     *,
     top_k: int = TOP_K,
     all_pairs: bool = False,
+    image_scale: float | None = None,
     batch_size: int = IMAGE_BATCH,
     rerank_weights: RerankWeights | None = None,
     progress: Progress,
@@ -34,6 +37,7 @@ def evaluate(
         split: None is "test".
         top_k: candidates a query; 0 for the features' table only.
         all_pairs: score every pair in place of the top k candidates; the cost is said first.
+        image_scale: side of the pictures, in that of training; None is the checkpoint's.
         rerank_weights: what ITM counts beside the similarity; None: the checkpoint's, which were
             chosen on validation in training. Of no account where the pair score stands alone.
 
@@ -44,16 +48,21 @@ def evaluate(
         raise UsageError(f"--top-k must be 0 or more, not {top_k}")
     if batch_size < 1:
         raise UsageError(f"--batch-size must be at least 1, not {batch_size}")
+    if image_scale is not None and not 0 < image_scale <= MAX_SCALE:
+        raise UsageError(
+            f"--image-scale must be above 0 and at most {MAX_SCALE}, not {image_scale}"
+        )
     dataset = PreparedDataset.open(data)
     part = dataset.split(split or "test")
-    model = load_model(checkpoint)
+    model = load_model(checkpoint, eval_image_scale=image_scale)
     if model.device.type == "cpu":
         keep_few_kernels()  # captions of all lengths, sorted: those of one shape come together
     weights = model.info.rerank_weights if rerank_weights is None else rerank_weights
     precision = str(autocast_dtype(model.device, model.precision) or torch.float32)
     precision = precision.removeprefix("torch.")
     progress.say(f"split: {part.title} (--split to change)")
-    progress.say(f"computing on: {model.device.type}, {precision}")
+    size = model.vlm.eval_image_size
+    progress.say(f"computing on: {model.device.type}, {precision}, pictures of {size} px")
     notes = _notes(dataset.manifest, part, model.info)
     own = model.vlm.pair_score
     if all_pairs and own is None:
@@ -91,6 +100,7 @@ def evaluate(
         partial=dataset.manifest.partial,
         data_title=part.title,
         precision=precision,
+        image_size=size,
         notes=notes,
     )
 
