@@ -8,6 +8,7 @@ several run side by side: a run on a busy machine is the run of a quiet one.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import select
@@ -95,8 +96,22 @@ def advance(run: Run, work: Path, until: float, results: Path) -> dict[str, Any]
         "evaluate": json.loads(text) | {"peak_mb": peak},
     }
     results.mkdir(parents=True, exist_ok=True)
+    row = portable(row, run)
     write_whole(file, row)
     return row
+
+
+def portable(row: dict[str, Any], run: Run) -> dict[str, Any]:
+    """``row`` without the places of this machine: what is kept is read on others."""
+    places = {str(run.data.resolve()): "DATA", str(run.data): "DATA", f"{Path.cwd()}/": ""}
+    for option, value in itertools.pairwise(run.options):
+        if option == "--image-weights":
+            places[value] = "FILE"
+    text = json.dumps(row)
+    for place, name in places.items():
+        text = text.replace(json.dumps(place)[1:-1], name)
+    made: dict[str, Any] = json.loads(text)
+    return made
 
 
 def _train(
