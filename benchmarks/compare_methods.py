@@ -126,7 +126,7 @@ def run(
         if time.monotonic() > until:
             return
         try:
-            advance(run, out / "work", until, out)
+            advance(run, out / "runs", until, out)
             print(f"{run.key}: done", flush=True)
         except Unfinished:
             print(f"{run.key}: the same call goes on from here", flush=True)

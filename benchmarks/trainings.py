@@ -96,14 +96,16 @@ def advance(run: Run, work: Path, until: float, results: Path) -> dict[str, Any]
         "evaluate": json.loads(text) | {"peak_mb": peak},
     }
     results.mkdir(parents=True, exist_ok=True)
-    row = portable(row, run)
+    row = portable(row, run, folder)
     write_whole(file, row)
     return row
 
 
-def portable(row: dict[str, Any], run: Run) -> dict[str, Any]:
+def portable(row: dict[str, Any], run: Run, folder: Path) -> dict[str, Any]:
     """``row`` without the places of this machine: what is kept is read on others."""
-    places = {str(run.data.resolve()): "DATA", str(run.data): "DATA", f"{Path.cwd()}/": ""}
+    places = {}
+    for place, name in ((run.data, "DATA"), (folder, "RUN")):
+        places |= {str(place.resolve()): name, str(place): name}
     for option, value in itertools.pairwise(run.options):
         if option == "--image-weights":
             places[value] = "FILE"

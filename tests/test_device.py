@@ -65,8 +65,10 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_freed_memory_is_used_again_without_asking_the_kernel():
+    if platform.libc_ver()[0] != "glibc":  # there is nothing to set
+        assert device.keep_freed_memory() is False
+        return
     faults = {
         how: int(subprocess.check_output([sys.executable, "-c", FAULTS, how], text=True))
         for how in ("keep", "default")
@@ -95,7 +97,6 @@ print(held() - before)
 """
 
 
-@pytest.mark.skipif(not device._cpu_has_bf16(), reason="float32 layers go without oneDNN")
 def test_kernels_of_shapes_that_are_over_are_not_kept():
     # An evaluation in this process has left its bounds in the environment.
     clean = {name: x for name, x in os.environ.items() if name not in device.KERNEL_CACHES}
@@ -107,7 +108,8 @@ def test_kernels_of_shapes_that_are_over_are_not_kept():
         )
         for how in ("all", "few")
     )
-    assert few < all_of_them / 2
+    # Without bfloat16 instructions a layer may go without oneDNN: then nothing is held either way.
+    assert few < (all_of_them / 2 if device._cpu_has_bf16() else all_of_them + 5)
 
 
 def test_what_the_user_says_of_kernels_stands(monkeypatch):

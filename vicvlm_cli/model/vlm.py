@@ -7,6 +7,7 @@ the objective, so that a checkpoint carries no training baggage.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -75,7 +76,7 @@ class RerankWeights(NamedTuple):
         return f"{first:g} (text to image) and {second:g} (image to text)"
 
 
-class RetrievalModel(nn.Module):
+class RetrievalModel(nn.Module, ABC):
     """What evaluation, galleries and checkpoints need of a model, whatever its method.
 
     Args:
@@ -123,21 +124,21 @@ class RetrievalModel(nn.Module):
         """Pixels in [0, 255] to the encoder's range: [B, 3, S, S] to float [B, 3, S, S]."""
         return (image.float() - self.mean) / self.std
 
+    @abstractmethod
     def encode_image(self, image: Tensor) -> Encoded:
         """Encode pictures.
 
         Args:
             image: uint8, or float in [0, 255], [B, 3, S, S] with S the configured image size.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
         """Encode captions: ``input_ids`` long [B, L], ``attention_mask`` bool [B, L]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def match(self, image: Encoded, text: Encoded) -> Tensor:
         """Scores [B] of the pairs of each row, higher where they belong together."""
-        raise NotImplementedError
 
 
 class VLM(RetrievalModel):

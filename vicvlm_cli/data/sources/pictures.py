@@ -111,7 +111,7 @@ def _content(member: _Member) -> Picture:
         return _bad("decompression bomb")
     try:
         return member.read()
-    except (zipfile.BadZipFile, RuntimeError, NotImplementedError):  # the last: exotic compression
+    except (zipfile.BadZipFile, RuntimeError):  # the last: exotic compression, or a password
         return _bad("unreadable")
 
 
