@@ -15,7 +15,7 @@ from vicvlm_cli.errors import UsageError
 from vicvlm_cli.model.vlm import VLM, Encoded
 from vicvlm_cli.objectives import losses
 from vicvlm_cli.objectives.alignment import Contrast, clamp_temperature, match, require_matching
-from vicvlm_cli.objectives.cached import CachedContrast, over_step
+from vicvlm_cli.objectives.cached import Cached, over_step
 from vicvlm_cli.objectives.heads import MLMHead
 from vicvlm_cli.objectives.masked_language import hide_words, token_kinds
 from vicvlm_cli.objectives.masking import replace_hidden
@@ -104,11 +104,7 @@ class ALBEF(nn.Module):
         return self.config.alpha * min(1.0, int(self.steps) / self.config.alpha_steps)
 
     def forward(
-        self,
-        batch: Batch,
-        noise: Noise,
-        active: Set[str],
-        cached: CachedContrast | None = None,
+        self, batch: Batch, noise: Noise, active: Set[str], cached: Cached = None
     ) -> Losses:
         """Raw losses named in ``active`` (ITC always), and the trivial value of each."""
         model, number = self.model, self.config.itm_negatives

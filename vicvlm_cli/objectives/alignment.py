@@ -13,7 +13,7 @@ from vicvlm_cli.data.batches import Batch
 from vicvlm_cli.errors import UsageError
 from vicvlm_cli.model.vlm import VLM, Encoded, RetrievalModel
 from vicvlm_cli.objectives import losses
-from vicvlm_cli.objectives.cached import CachedContrast
+from vicvlm_cli.objectives.cached import Cached
 from vicvlm_cli.objectives.ranks import Noise, gather, gather_padded, rank, world_size
 
 
@@ -36,7 +36,7 @@ def contrast(
     image: Encoded,
     text: Encoded,
     batch: Batch,
-    cached: CachedContrast | None = None,
+    cached: Cached = None,
 ) -> Contrast:
     """Symmetric InfoNCE over the batches of all processes, with the true gradient.
 

@@ -87,9 +87,10 @@ class CachedContrast:
         self._value = value.detach(), trivial
 
 
-def over_step(
-    loss: RowLoss, *rows: Tensor, cached: CachedContrast | None = None
-) -> tuple[Tensor, Tensor]:
+Cached = CachedContrast | None  # None: a batch is contrasted by itself
+
+
+def over_step(loss: RowLoss, *rows: Tensor, cached: Cached = None) -> tuple[Tensor, Tensor]:
     """``loss`` of the rows [B, ...] of all processes and, with ``cached``, of all batches.
 
     Returns:

@@ -15,7 +15,7 @@ from vicvlm_cli.errors import UsageError
 from vicvlm_cli.model.vlm import VLM
 from vicvlm_cli.objectives import losses
 from vicvlm_cli.objectives.alignment import clamp_temperature, contrast
-from vicvlm_cli.objectives.cached import CachedContrast, over_step
+from vicvlm_cli.objectives.cached import Cached, over_step
 from vicvlm_cli.objectives.ranks import Noise
 from vicvlm_cli.objectives.retrieval import Losses
 
@@ -51,11 +51,7 @@ class CLIP(nn.Module):
         self.bias = nn.Parameter(torch.tensor(-10.0)) if config.loss == "sigmoid" else None
 
     def forward(
-        self,
-        batch: Batch,
-        noise: Noise,
-        active: Set[str],
-        cached: CachedContrast | None = None,
+        self, batch: Batch, noise: Noise, active: Set[str], cached: Cached = None
     ) -> Losses:
         """The contrastive loss of the global batch, and what a constant guess gives."""
         image = self.model.encode_image(batch.image)

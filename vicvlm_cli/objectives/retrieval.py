@@ -14,7 +14,7 @@ from vicvlm_cli.data.tokenizer import Tokenizer
 from vicvlm_cli.model.vlm import VLM
 from vicvlm_cli.objectives import losses
 from vicvlm_cli.objectives.alignment import clamp_temperature, contrast, match, require_matching
-from vicvlm_cli.objectives.cached import CachedContrast
+from vicvlm_cli.objectives.cached import Cached
 from vicvlm_cli.objectives.ranks import Noise
 
 Losses = tuple[dict[str, Tensor], dict[str, Tensor]]
@@ -42,11 +42,7 @@ class Retrieval(nn.Module):
         self.model, self.config = model, config
 
     def forward(
-        self,
-        batch: Batch,
-        noise: Noise,
-        active: Set[str],
-        cached: CachedContrast | None = None,
+        self, batch: Batch, noise: Noise, active: Set[str], cached: Cached = None
     ) -> Losses:
         """Raw losses named in ``active``, and the trivial value of each."""
         image = self.model.encode_image(batch.image)

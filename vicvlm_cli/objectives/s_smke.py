@@ -19,7 +19,7 @@ from vicvlm_cli.errors import UsageError, UserError
 from vicvlm_cli.model.vlm import VLM, Encoded
 from vicvlm_cli.objectives import losses
 from vicvlm_cli.objectives.alignment import clamp_temperature, contrasted_rows, info_nce
-from vicvlm_cli.objectives.cached import CachedContrast, over_step
+from vicvlm_cli.objectives.cached import Cached, over_step
 from vicvlm_cli.objectives.queue import FeatureQueue
 from vicvlm_cli.objectives.ranks import Noise, gather
 from vicvlm_cli.objectives.retrieval import Losses
@@ -144,11 +144,7 @@ class SSMKE(nn.Module):
         self._pending: list[tuple[Tensor, Tensor]] = []  # of this step, for the bank at its end
 
     def forward(
-        self,
-        batch: Batch,
-        noise: Noise,
-        active: Set[str],
-        cached: CachedContrast | None = None,
+        self, batch: Batch, noise: Noise, active: Set[str], cached: Cached = None
     ) -> Losses:
         """Raw losses named in ``active`` (ITC always), and the trivial value of each."""
         image = self.model.encode_image(batch.image)

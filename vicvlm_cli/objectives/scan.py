@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from vicvlm_cli.data.batches import Batch
 from vicvlm_cli.model.late_interaction import LateInteraction
-from vicvlm_cli.objectives.cached import CachedContrast
+from vicvlm_cli.objectives.cached import Cached
 from vicvlm_cli.objectives.ranks import Noise, gather, gather_padded
 from vicvlm_cli.objectives.retrieval import Losses
 from vicvlm_cli.objectives.vsepp import VSEPP
@@ -29,11 +29,7 @@ class SCAN(VSEPP):
     }
 
     def forward(
-        self,
-        batch: Batch,
-        noise: Noise,
-        active: Set[str],
-        cached: CachedContrast | None = None,
+        self, batch: Batch, noise: Noise, active: Set[str], cached: Cached = None
     ) -> Losses:
         """The hinge of the global batch, and its value where all similarities are equal."""
         model = self.model

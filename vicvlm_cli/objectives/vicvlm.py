@@ -19,7 +19,7 @@ from vicvlm_cli.model.attention import take
 from vicvlm_cli.model.vlm import VLM, Encoded
 from vicvlm_cli.objectives import losses
 from vicvlm_cli.objectives.alignment import clamp_temperature, contrast, match, require_matching
-from vicvlm_cli.objectives.cached import CachedContrast
+from vicvlm_cli.objectives.cached import Cached
 from vicvlm_cli.objectives.heads import JointPatchHead, MLMHead, PatchPredictor
 from vicvlm_cli.objectives.masked_language import hide_words, positions, token_kinds, word_loss
 from vicvlm_cli.objectives.masking import check_block, mask_patches
@@ -123,11 +123,7 @@ class VicVLM(nn.Module):
     token_counts: Tensor
 
     def forward(
-        self,
-        batch: Batch,
-        noise: Noise,
-        active: Set[str],
-        cached: CachedContrast | None = None,
+        self, batch: Batch, noise: Noise, active: Set[str], cached: Cached = None
     ) -> Losses:
         """Raw losses named in ``active`` (ITC always), and the trivial value of each."""
         model, number = self.model, self.config.itm_negatives

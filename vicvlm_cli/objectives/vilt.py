@@ -17,7 +17,7 @@ from vicvlm_cli.model.single_stream import SingleStream
 from vicvlm_cli.model.vlm import Encoded
 from vicvlm_cli.objectives import losses
 from vicvlm_cli.objectives.alignment import clamp_temperature, contrast
-from vicvlm_cli.objectives.cached import CachedContrast
+from vicvlm_cli.objectives.cached import Cached
 from vicvlm_cli.objectives.heads import MLMHead
 from vicvlm_cli.objectives.masked_language import hide_words, token_kinds, word_loss
 from vicvlm_cli.objectives.ranks import Noise, gather, gather_padded, rank
@@ -72,11 +72,7 @@ class ViLT(nn.Module):
     token_counts: Tensor
 
     def forward(
-        self,
-        batch: Batch,
-        noise: Noise,
-        active: Set[str],
-        cached: CachedContrast | None = None,
+        self, batch: Batch, noise: Noise, active: Set[str], cached: Cached = None
     ) -> Losses:
         """Raw losses named in ``active`` (ITC always), and the trivial value of each."""
         model = self.model
@@ -181,11 +177,7 @@ class ViLTRanking(nn.Module):
         self.model, self.config = model, config
 
     def forward(
-        self,
-        batch: Batch,
-        noise: Noise,
-        active: Set[str],
-        cached: CachedContrast | None = None,
+        self, batch: Batch, noise: Noise, active: Set[str], cached: Cached = None
     ) -> Losses:
         """Raw losses named in ``active`` (ITC always), and the trivial value of each."""
         model = self.model

@@ -13,7 +13,7 @@ from vicvlm_cli.data.batches import Batch
 from vicvlm_cli.data.tokenizer import Tokenizer
 from vicvlm_cli.model.vlm import VLM
 from vicvlm_cli.objectives import losses
-from vicvlm_cli.objectives.cached import CachedContrast, over_step
+from vicvlm_cli.objectives.cached import Cached, over_step
 from vicvlm_cli.objectives.ranks import Noise
 from vicvlm_cli.objectives.retrieval import Losses
 
@@ -53,11 +53,7 @@ class VSEPP(nn.Module):
     steps: Tensor
 
     def forward(
-        self,
-        batch: Batch,
-        noise: Noise,
-        active: Set[str],
-        cached: CachedContrast | None = None,
+        self, batch: Batch, noise: Noise, active: Set[str], cached: Cached = None
     ) -> Losses:
         """The hinge of the global batch, and its value where all similarities are equal."""
         image = self.model.encode_image(batch.image)
