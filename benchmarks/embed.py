@@ -24,8 +24,8 @@ import torch
 from rows import Row, alternate, median_ratio
 
 from vicvlm_cli.checkpoint import load_model
-from vicvlm_cli.config import ModelConfig
 from vicvlm_cli.inference import autocast_dtype
+from vicvlm_cli.settings import ModelConfig
 
 PICTURES, REPEATS = 128, 3
 HERE = Path(__file__).resolve().parent

@@ -22,7 +22,6 @@ from rows import Row
 from torch import Tensor
 
 from vicvlm_cli.checkpoint import load_model
-from vicvlm_cli.config import ModelConfig
 from vicvlm_cli.data.prepared import PreparedDataset, Split
 from vicvlm_cli.data.transforms import image_to_array
 from vicvlm_cli.evaluation.evaluate import evaluate_split
@@ -30,6 +29,7 @@ from vicvlm_cli.inference import LoadedModel
 from vicvlm_cli.model.fusion import Fused, masked_mean
 from vicvlm_cli.model.vlm import RerankWeights
 from vicvlm_cli.report.progress import Progress
+from vicvlm_cli.settings import ModelConfig
 from vicvlm_cli.workflows.prepare import prepare
 
 PICTURES, TOP_K = 1000, 128

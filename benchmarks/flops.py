@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from vicvlm_cli.config import TrainConfig, load_config
+from vicvlm_cli.config import load_config
 from vicvlm_cli.data.batches import Plan, Rows, batches, load_size
 from vicvlm_cli.data.prepared import PreparedDataset
 from vicvlm_cli.data.tokenizer import Tokenizer
 from vicvlm_cli.model.create import create_model
 from vicvlm_cli.objectives import create_objective, recipe_of
 from vicvlm_cli.objectives.ranks import Noise
+from vicvlm_cli.settings import TrainConfig
 from vicvlm_cli.workflows.loop import augment
 from vicvlm_cli.workflows.train import DEFAULT_PRESET, PRESET_OF_SOURCE
 

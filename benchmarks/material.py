@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 from vicvlm_cli.checkpoint import save_model
-from vicvlm_cli.config import ModelConfig
 from vicvlm_cli.data.tokenizer import Tokenizer
 from vicvlm_cli.model.create import create_model
 from vicvlm_cli.model.vlm import RerankWeights
+from vicvlm_cli.settings import ModelConfig
 
 WORDS = [a + b for a in ("ka", "lo", "mi", "ru", "te", "so") for b in ("na", "vel", "rim", "dus")]
 

@@ -18,8 +18,8 @@ from pathlib import Path
 import material
 from rows import Row
 
-from vicvlm_cli.config import ModelConfig
 from vicvlm_cli.report.progress import Progress
+from vicvlm_cli.settings import ModelConfig
 
 SMALLEST, TIMES = 125, (1, 4, 16)
 TOP_K = 16

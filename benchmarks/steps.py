@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from vicvlm_cli.config import Config, load_config, read_preset
+from vicvlm_cli.config import load_config, read_preset
 from vicvlm_cli.data.batches import Batch
 from vicvlm_cli.data.tokenizer import Tokenizer
 from vicvlm_cli.data.transforms import CROP_MARGIN
@@ -23,6 +23,7 @@ from vicvlm_cli.model.fusion import Fused
 from vicvlm_cli.model.vlm import VLM
 from vicvlm_cli.objectives import create_objective, recipe_of
 from vicvlm_cli.objectives.ranks import Noise
+from vicvlm_cli.settings import Config
 from vicvlm_cli.workflows.loop import augment, parameter_groups
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

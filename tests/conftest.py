@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from vicvlm_cli.checkpoint import load_model, save_model
-from vicvlm_cli.config import ModelConfig
 from vicvlm_cli.data.prepared import PreparedDataset
 from vicvlm_cli.data.tokenizer import Tokenizer
 from vicvlm_cli.inference import LoadedModel
 from vicvlm_cli.model.create import create_model
 from vicvlm_cli.model.vlm import RerankWeights
 from vicvlm_cli.report.progress import Progress
+from vicvlm_cli.settings import ModelConfig
 from vicvlm_cli.workflows.prepare import prepare
 
 torch.set_num_threads(1)  # threads cost more than they give on models this small

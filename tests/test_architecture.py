@@ -15,7 +15,7 @@ import vicvlm_cli
 PACKAGE = Path(vicvlm_cli.__file__).parent
 # Imports go down this list or stay on their level, never up.
 LEVELS = [
-    {"config", "errors", "device"},
+    {"config", "settings", "errors", "device"},
     {"model"},
     {"objectives", "evaluation", "gallery", "data", "report", "checkpoint", "inference"},
     {"workflows"},

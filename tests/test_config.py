@@ -11,21 +11,11 @@ from typing import Any
 import pytest
 from tiny import make_tokenizer
 
-from vicvlm_cli.config import (
-    Config,
-    LossConfig,
-    ModelConfig,
-    TrainConfig,
-    from_dict,
-    load_config,
-    merge,
-    parse_override,
-    preset_names,
-    to_dict,
-)
+from vicvlm_cli.config import from_dict, load_config, merge, parse_override, preset_names, to_dict
 from vicvlm_cli.errors import UsageError
 from vicvlm_cli.model.create import create_model
 from vicvlm_cli.objectives import create_objective
+from vicvlm_cli.settings import Config, LossConfig, ModelConfig, TrainConfig
 
 
 def refusal(*overrides: str) -> str:

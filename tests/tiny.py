@@ -11,10 +11,10 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from vicvlm_cli.config import ModelConfig
 from vicvlm_cli.data.batches import Batch
 from vicvlm_cli.data.tokenizer import Tokenizer
 from vicvlm_cli.model.create import create_model
+from vicvlm_cli.settings import ModelConfig
 
 CAPTIONS = [
     "a red circle above a blue square",

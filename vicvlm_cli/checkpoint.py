@@ -14,13 +14,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vicvlm_cli.config import ModelConfig, from_dict, to_dict
+from vicvlm_cli.config import from_dict, to_dict
 from vicvlm_cli.data.tokenizer import Tokenizer
 from vicvlm_cli.device import best_device
 from vicvlm_cli.errors import UserError
 from vicvlm_cli.inference import LoadedModel
 from vicvlm_cli.model.create import build_model
 from vicvlm_cli.model.vlm import RerankWeights, RetrievalModel
+from vicvlm_cli.settings import ModelConfig
 
 FORMAT_VERSION = 1
 FILE_NAME = "model.safetensors"

@@ -14,13 +14,13 @@ import torch
 from PIL import Image
 from tiny import CAPTIONS, make_tokenizer
 
-from vicvlm_cli.config import DataConfig
 from vicvlm_cli.data.batches import Batch, Plan, Rows, batches, load_size
 from vicvlm_cli.data.decoded import make_decoded
 from vicvlm_cli.data.images import BadImage
 from vicvlm_cli.data.prepared import PreparedDataset, Split
 from vicvlm_cli.errors import UserError
 from vicvlm_cli.report.progress import Progress
+from vicvlm_cli.settings import DataConfig
 
 COUNTS = (3, 1, 2, 5, 1, 4, 2, 1)  # captions of eight pictures, 19 together
 

@@ -11,11 +11,11 @@ from tiny import make_batch, make_config, make_model, make_tokenizer, pad
 from torch import nn
 from torch.nn.functional import normalize
 
-from vicvlm_cli.config import LossConfig, TrainConfig
 from vicvlm_cli.model.create import create_model
 from vicvlm_cli.model.single_stream import SingleStream
 from vicvlm_cli.objectives import create_objective
 from vicvlm_cli.objectives.ranks import Noise
+from vicvlm_cli.settings import LossConfig, TrainConfig
 
 
 def made(**changes: object) -> SingleStream:

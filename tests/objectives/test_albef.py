@@ -10,13 +10,13 @@ import torch
 from tiny import make_batch, make_model, make_tokenizer
 from torch import Tensor
 
-from vicvlm_cli.config import LossConfig, TrainConfig
 from vicvlm_cli.data.batches import Batch
 from vicvlm_cli.errors import UsageError, UserError
 from vicvlm_cli.objectives import create_objective, losses
 from vicvlm_cli.objectives.albef import ALBEF
 from vicvlm_cli.objectives.masking import mask_words, replace_hidden
 from vicvlm_cli.objectives.ranks import Noise
+from vicvlm_cli.settings import LossConfig, TrainConfig
 
 CPU = torch.device("cpu")
 IDS = [0, 1, 0, 3]  # rows 0 and 2 show one picture

@@ -10,7 +10,6 @@ import torch
 from tiny import make_batch, make_model, make_tokenizer, teacher_weights
 from torch import Tensor
 
-from vicvlm_cli.config import LossConfig, TrainConfig
 from vicvlm_cli.data.batches import Batch
 from vicvlm_cli.errors import UsageError
 from vicvlm_cli.objectives import OBJECTIVES, create_objective, recipe_of
@@ -18,6 +17,7 @@ from vicvlm_cli.objectives.alignment import info_nce
 from vicvlm_cli.objectives.cached import CachedContrast
 from vicvlm_cli.objectives.ranks import Noise, seed_modules
 from vicvlm_cli.objectives.vicreg import TERMS
+from vicvlm_cli.settings import LossConfig, TrainConfig
 
 CPU = torch.device("cpu")
 ROWS = 4  # of a batch

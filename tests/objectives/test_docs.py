@@ -12,9 +12,10 @@ import pytest
 import torch
 from tiny import make_batch, make_model, make_tokenizer
 
-from vicvlm_cli.config import LossConfig, TrainConfig, load_config
+from vicvlm_cli.config import load_config
 from vicvlm_cli.objectives import OBJECTIVES, create_objective, recipe_of
 from vicvlm_cli.objectives.ranks import Noise
+from vicvlm_cli.settings import LossConfig, TrainConfig
 
 PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
 

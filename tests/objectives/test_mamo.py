@@ -15,13 +15,13 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from vicvlm_cli.cli import app
-from vicvlm_cli.config import LossConfig, TrainConfig
 from vicvlm_cli.data.batches import Batch
 from vicvlm_cli.errors import UsageError, UserError
 from vicvlm_cli.objectives import create_objective, losses
 from vicvlm_cli.objectives.mamo import MAMO
 from vicvlm_cli.objectives.masking import mask_patches, mask_words
 from vicvlm_cli.objectives.ranks import Noise
+from vicvlm_cli.settings import LossConfig, TrainConfig
 from vicvlm_cli.workflows import train
 
 CPU = torch.device("cpu")

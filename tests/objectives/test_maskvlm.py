@@ -9,11 +9,11 @@ import torch
 from tiny import make_batch, make_model, make_tokenizer
 from torch import Tensor, nn
 
-from vicvlm_cli.config import LossConfig, TrainConfig
 from vicvlm_cli.data.batches import Batch
 from vicvlm_cli.errors import UsageError
 from vicvlm_cli.objectives import create_objective
 from vicvlm_cli.objectives.ranks import Noise
+from vicvlm_cli.settings import LossConfig, TrainConfig
 
 CPU = torch.device("cpu")
 SIDE = 8  # pixels of a patch, of which there are 4 x 4

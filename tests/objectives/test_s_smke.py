@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import save_file
 from tiny import make_batch, make_model, make_tokenizer, pad, teacher_weights
 
-from vicvlm_cli.config import LossConfig, TrainConfig
 from vicvlm_cli.errors import UsageError, UserError
 from vicvlm_cli.objectives import create_objective, losses
 from vicvlm_cli.objectives.ranks import Noise
 from vicvlm_cli.objectives.s_smke import Teacher
+from vicvlm_cli.settings import LossConfig, TrainConfig
 
 CPU = torch.device("cpu")
 BOTH = {"itc", "kd"}

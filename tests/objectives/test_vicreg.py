@@ -8,11 +8,11 @@ import pytest
 import torch
 from tiny import make_batch, make_model, make_tokenizer, teacher_weights
 
-from vicvlm_cli.config import LossConfig, TrainConfig
 from vicvlm_cli.errors import UsageError
 from vicvlm_cli.objectives import OBJECTIVES, create_objective, losses, recipe_of
 from vicvlm_cli.objectives.ranks import Noise
 from vicvlm_cli.objectives.vicreg import TERMS, WithVICReg
+from vicvlm_cli.settings import LossConfig, TrainConfig
 from vicvlm_cli.workflows.loop import parameter_groups
 
 TEACHER = {"teacher": "test_vit", "teacher_weights": teacher_weights()}

@@ -12,12 +12,12 @@ from accelerate import Accelerator
 from tiny import make_batch, make_model, make_tokenizer
 from torch import nn
 
-from vicvlm_cli.config import DataConfig, LossConfig, TrainConfig
 from vicvlm_cli.data.batches import Plan
 from vicvlm_cli.errors import UserError
 from vicvlm_cli.model.fusion import FUSIONS
 from vicvlm_cli.objectives import create_objective
 from vicvlm_cli.objectives.ranks import Noise
+from vicvlm_cli.settings import DataConfig, LossConfig, TrainConfig
 from vicvlm_cli.workflows.loop import (
     augment,
     lr_factor,

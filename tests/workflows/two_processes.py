@@ -20,13 +20,13 @@ from torch import Tensor
 from torch.multiprocessing.spawn import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
-from vicvlm_cli.config import LossConfig, TrainConfig
 from vicvlm_cli.data.batches import Batch
 from vicvlm_cli.objectives import OBJECTIVES, create_objective
 from vicvlm_cli.objectives.cached import CachedContrast
 from vicvlm_cli.objectives.ranks import Noise, gather, gather_padded, global_mean
 from vicvlm_cli.objectives.vicreg import TERMS
 from vicvlm_cli.report.progress import Progress
+from vicvlm_cli.settings import LossConfig, TrainConfig
 from vicvlm_cli.workflows import train
 
 CPU = torch.device("cpu")

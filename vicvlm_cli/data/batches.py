@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vicvlm_cli.config import DataConfig
 from vicvlm_cli.data.decoded import DecodedFile, decode
 from vicvlm_cli.data.prepared import Split
 from vicvlm_cli.data.tokenizer import Tokenizer
 from vicvlm_cli.data.transforms import CROP_MARGIN, names_no_side
 from vicvlm_cli.errors import UserError
+from vicvlm_cli.settings import DataConfig
 
 AHEAD = 4  # batches made before they are asked for, by each process
 

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 from torch import nn
 
-from vicvlm_cli.config import ModelConfig
 from vicvlm_cli.errors import UsageError, UserError
 from vicvlm_cli.model.fusion import FUSIONS
 from vicvlm_cli.model.image_encoder import resolve_image_encoder
@@ -14,6 +13,7 @@ from vicvlm_cli.model.late_interaction import LateInteraction
 from vicvlm_cli.model.single_stream import SingleStream
 from vicvlm_cli.model.text_encoder import bert_config, load_bert, load_half
 from vicvlm_cli.model.vlm import VLM, RetrievalModel
+from vicvlm_cli.settings import ModelConfig
 
 # The kinds of model by model.fusion; all other names are of one with two encoders.
 KINDS: dict[str, type[VLM] | type[SingleStream]] = {

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vicvlm_cli.config import ModelConfig, from_dict
+from vicvlm_cli.config import from_dict
 from vicvlm_cli.errors import UsageError
 from vicvlm_cli.model.fusion import masked_mean
 from vicvlm_cli.model.vlm import VLM, Encoded, PairScore
+from vicvlm_cli.settings import ModelConfig
 
 # Numbers of one [I, T, N, L] attention at a time; a handful of such tensors are alive together.
 CHUNK = {"cpu": 2**22, "cuda": 2**26}

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vicvlm_cli.config import ModelConfig
 from vicvlm_cli.model.fusion import masked_mean
 from vicvlm_cli.model.image_encoder import ImageEncoder
 from vicvlm_cli.model.vlm import Encoded, PairScore, RetrievalModel
+from vicvlm_cli.settings import ModelConfig
 
 TEXT, IMAGE = 0, 1
 

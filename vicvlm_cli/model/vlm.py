@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BertConfig
 
-from vicvlm_cli.config import ModelConfig
 from vicvlm_cli.model.fusion import FUSIONS, Fused, Want, masked_mean
 from vicvlm_cli.model.image_encoder import ImageEncoder
 from vicvlm_cli.model.shared import SharedBlock
 from vicvlm_cli.model.text_encoder import TextEncoder, bert_config
+from vicvlm_cli.settings import ModelConfig
 
 
 class Encoded(NamedTuple):

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from vicvlm_cli.config import TrainConfig, from_dict, merge
+from vicvlm_cli.config import from_dict, merge
 from vicvlm_cli.data.tokenizer import Tokenizer
 from vicvlm_cli.errors import UsageError
 from vicvlm_cli.model.vlm import VLM, RetrievalModel
@@ -32,6 +32,7 @@ from vicvlm_cli.objectives.vicreg import TERMS, WithVICReg
 from vicvlm_cli.objectives.vicvlm import VicVLM
 from vicvlm_cli.objectives.vilt import ViLT, ViLTRanking
 from vicvlm_cli.objectives.vsepp import VSEPP
+from vicvlm_cli.settings import TrainConfig
 
 OBJECTIVES: dict[str, Any] = {
     "vicvlm": VicVLM,

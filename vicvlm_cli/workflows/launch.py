@@ -16,7 +16,6 @@ from accelerate.utils import (
 )
 
 from vicvlm_cli.checkpoint import FILE_NAME
-from vicvlm_cli.config import DataConfig, TrainConfig
 from vicvlm_cli.data.batches import Rows, load_size
 from vicvlm_cli.data.decoded import DecodedFile, make_decoded
 from vicvlm_cli.data.prepared import PreparedDataset, Split
@@ -25,6 +24,7 @@ from vicvlm_cli.device import supports_bf16
 from vicvlm_cli.errors import UsageError, UserError
 from vicvlm_cli.model.vlm import VLM
 from vicvlm_cli.report.progress import Progress
+from vicvlm_cli.settings import DataConfig, TrainConfig
 
 
 def join() -> None:

@@ -13,13 +13,13 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
-from vicvlm_cli.config import DataConfig, TrainConfig
 from vicvlm_cli.data.batches import Batch, Plan, batches
 from vicvlm_cli.data.prepared import Split
 from vicvlm_cli.data.tokenizer import Tokenizer
 from vicvlm_cli.data.transforms import color_jitter, random_crop
 from vicvlm_cli.objectives.ranks import Noise, seed_modules
 from vicvlm_cli.report.progress import Progress
+from vicvlm_cli.settings import DataConfig, TrainConfig
 from vicvlm_cli.workflows.inputs import Input, cached_inputs, plain_inputs
 from vicvlm_cli.workflows.launch import make_rows
 from vicvlm_cli.workflows.metrics import LOG_STEPS, Metrics

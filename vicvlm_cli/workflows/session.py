@@ -12,12 +12,12 @@ from accelerate.utils import broadcast_object_list
 
 from vicvlm_cli import config as configs
 from vicvlm_cli.checkpoint import FILE_NAME, load_model, save_model
-from vicvlm_cli.config import Config, TrainConfig
 from vicvlm_cli.data.prepared import PreparedDataset
 from vicvlm_cli.data.tokenizer import Tokenizer
 from vicvlm_cli.evaluation.evaluate import evaluate_split
 from vicvlm_cli.model.vlm import RerankWeights, RetrievalModel
 from vicvlm_cli.report.progress import Progress
+from vicvlm_cli.settings import Config, TrainConfig
 from vicvlm_cli.workflows.metrics import Metrics
 from vicvlm_cli.workflows.state import Position, save_run_state
 

@@ -18,7 +18,6 @@ from accelerate.utils import (
 
 from vicvlm_cli import config as configs
 from vicvlm_cli.checkpoint import load_model
-from vicvlm_cli.config import Config, ModelConfig
 from vicvlm_cli.data.batches import Plan
 from vicvlm_cli.data.prepared import PreparedDataset
 from vicvlm_cli.data.tokenizer import Tokenizer
@@ -29,6 +28,7 @@ from vicvlm_cli.model.vlm import RerankWeights
 from vicvlm_cli.objectives import create_objective, recipe_of
 from vicvlm_cli.report.profile import Profile
 from vicvlm_cli.report.progress import Progress
+from vicvlm_cli.settings import Config, ModelConfig
 from vicvlm_cli.workflows.launch import join, make_accelerator, run_folder, with_workers
 from vicvlm_cli.workflows.loop import parameter_groups, run_loop, total_steps
 from vicvlm_cli.workflows.metrics import LossRow, Metrics, summary_dicts
