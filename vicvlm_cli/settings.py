@@ -133,7 +133,7 @@ class TrainConfig:
     @property
     def caches_contrast(self) -> bool:
         """Whether ITC is over more batches than one."""
-        return self.contrastive_batch > self.batch_size and self.step_batches > 1
+        return self.contrastive_batch > self.batch_size
 
 
 @dataclass(frozen=True)

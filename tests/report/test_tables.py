@@ -57,10 +57,18 @@ def report(reranked: bool = True) -> EvaluationReport:
 def test_both_evaluation_tables_carry_the_splits_name_and_the_notes():
     text = shown(tables.evaluation_tables(report()))
     assert text.count("1a2b3c4d, partial") == text.count("very split [test]") == 2
-    for words in ("Dual encoder alone", "top 128", "0.5 x ITM", "40.0", "55.0", "60.2", "1.5"):
+    for words in (
+        "Dual encoder alone",
+        "top 128",
+        "(top 128, weight 0.5)",
+        "40.0",
+        "55.0",
+        "60.2",
+        "1.5",
+    ):
         assert words in text
     assert "390.8" in text and "400.8" in text  # RSUM
-    assert str(RerankWeights(0.3, 2)) == "0.3 (text to image) and 2 (image to text)"
+    assert str(RerankWeights(0.3, 2)) == "0.3 text to image and 2 image to text"
 
 
 def test_without_reranking_there_is_one_table():

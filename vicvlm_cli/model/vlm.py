@@ -73,7 +73,7 @@ class RerankWeights(NamedTuple):
         first, second = self
         if first == second:
             return f"{first:g}"
-        return f"{first:g} (text to image) and {second:g} (image to text)"
+        return f"{first:g} text to image and {second:g} image to text"
 
 
 class RetrievalModel(nn.Module, ABC):

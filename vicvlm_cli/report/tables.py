@@ -138,7 +138,7 @@ def evaluation_tables(report: EvaluationReport) -> list[Group]:
         title = (
             f"{name[0].upper()}{name[1:]} ({among})"
             if alone
-            else f"Re-ranked by {name} ({among}, similarity + {evaluation.rerank_weights} x {name})"
+            else f"Re-ranked by {name} ({among}, weight {evaluation.rerank_weights})"
         )
         blocks.append(_block(title, metrics_table(evaluation.reranked), lines))
     return blocks
