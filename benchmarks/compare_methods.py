@@ -54,6 +54,8 @@ METHODS: dict[str, Method] = {
             *(f"pretrain.losses.{name}.every=1" for name in VICVLM),
         )
     ),
+    # Hidden patches stay in the image encoder as mask tokens.
+    "vicvlm-encode-hidden": Method(("pretrain.options.drop_hidden=false",)),
     "vicvlm-pixel": Method(("pretrain.options.target=pixel",)),
     "clip": _named("clip"),
     "siglip": _named("clip", "pretrain.options.loss=sigmoid", "finetune.options.loss=sigmoid"),

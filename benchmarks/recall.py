@@ -69,6 +69,8 @@ ROWS: dict[str, tuple[str, ...]] = {
         "pretrain.options.masked_stride=1",
         *(f"pretrain.losses.{name}.every=1" for name in OTHERS),
     ),
+    # Hidden patches stay in the image encoder as mask tokens.
+    "vicvlm-encode-hidden": ("pretrain.options.drop_hidden=false",),
     # Levers, on ITC alone: what holds for it holds for every method that has it.
     **{f"itc-batch-{n}": (*ALONE, f"pretrain.batch_size={n}") for n in (64, 96)},
     **{f"itc-frozen-{n}": (*ALONE, f"pretrain.frozen_blocks={n}") for n in (3, 6)},

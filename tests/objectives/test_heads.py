@@ -86,15 +86,35 @@ def test_mask_tokens_stand_after_the_visible_patches() -> None:
     head = JointPatchHead(12, (4, 4), 20, 7)
     visible, keep, masked = patches()
     prefix = torch.randn(2, 2, 12)
-    tokens = head.insert(torch.cat([prefix, visible], dim=1), 2, keep, masked)
+    tokens, at = head.places(torch.cat([prefix, visible], dim=1), 2, keep, masked)
     table = sincos_2d((4, 4), 12)
     assert tokens.shape == (2, 2 + 16, 12)
     close(tokens[:, :2], prefix)
     for row in range(2):
         close(tokens[row, 2:6], visible[row] + table[keep[row]])
-        close(tokens[row, 6:], head.mask_token[0] + table[masked[row]])
-    fused = torch.randn(2, 2 + 16, 20)
-    close(head(fused, 12), head.predictor(fused[:, 6:]))
+        close(tokens[row, at[row]], head.mask_token[0] + table[masked[row]])
+    fused = torch.randn(2, 12, 20)
+    close(head(fused), head.predictor(fused))
+
+
+def test_an_encoder_that_drops_no_patch_needs_no_mask_tokens_after_it() -> None:
+    torch.manual_seed(0)
+    _, _, masked = patches()
+    tokens = torch.randn(2, 2 + 16, 12)
+    everywhere = torch.arange(16).expand(2, -1)
+    head = JointPatchHead(12, (4, 4), 20, 7, dropped=False)
+    same, at = head.places(tokens, 2, everywhere, masked)
+    assert same is tokens
+    for row in range(2):
+        close(tokens[row, at[row]], tokens[row, 2:][masked[row]])
+    # The predictor sees what the encoder makes of hidden patches, as it sees that of others.
+    predictor = PatchPredictor(12, (4, 4), 7, width=32, depth=2, dropped=False).eval()
+    assert predictor.mask_token is None
+    changed = tokens.clone()
+    changed[:, 2:].scatter_add_(1, masked[:, :1, None].expand(-1, -1, 12), torch.ones(2, 1, 12))
+    before = predictor(tokens[:, 2:], everywhere, masked)
+    after = predictor(changed[:, 2:], everywhere, masked)
+    assert bool(((after - before).abs().amax((1, 2)) > 1e-3).all())
 
 
 def test_words_are_read_off_the_table_of_the_text_encoder() -> None:

@@ -25,6 +25,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("vicvlm", {"target": "byol", "predictor_width": 32}),
     ("vicvlm", {"target": "pixel", "predictor_width": 32}),
     ("vicvlm", {"target": "byol", "predictor_width": 32, "masked_stride": 2, "itm_negatives": 2}),
+    ("vicvlm", {"target": "byol", "predictor_width": 32, "drop_hidden": False}),
     ("clip", {"loss": "softmax"}),
     ("clip", {"loss": "sigmoid"}),
     ("vsepp", {"mean_steps": 0}),

@@ -43,16 +43,22 @@ def test_only_the_byol_target_is_a_network_and_it_follows_the_encoder(target: st
         torch.testing.assert_close(b, a + 0.25, rtol=1e-5, atol=1e-5)
 
 
-def test_the_masked_picture_alone_is_what_is_predicted_from() -> None:
+@pytest.mark.parametrize("drop_hidden", [True, False])
+def test_the_masked_picture_alone_is_what_is_predicted_from(drop_hidden: bool) -> None:
     # Features of hidden patches must not leak into their own prediction.
-    objective = make({"target": "pixel", "predictor_width": 32})
+    objective = make({"target": "pixel", "predictor_width": 32, "drop_hidden": drop_hidden})
     batch = make_batch()
     seen: list[torch.Tensor] = []
     head: nn.Module = objective.mim_head
     head.register_forward_hook(lambda _, inputs, output: seen.extend([*inputs, output]))
     objective(batch, Noise(0, 0, CPU), {"mim"})
-    keep, masked, guess = seen[1], seen[2], seen[3]
-    assert sorted((keep[0].tolist()) + masked[0].tolist()) == list(range(16))
+    encoded, at, masked, guess = seen
+    assert encoded.shape[:2] == at.shape
+    everything = list(range(16))
+    assert sorted({*at[0].tolist(), *masked[0].tolist()}) == everything
+    assert at[0].tolist() == (
+        [n for n in everything if n not in masked[0]] if drop_hidden else everything
+    )
     assert masked.shape == (6, 12)
     image = batch.image.clone()
     for row in range(6):
@@ -63,6 +69,23 @@ def test_the_masked_picture_alone_is_what_is_predicted_from() -> None:
     seen.clear()
     objective(batch, Noise(0, 0, CPU), {"mim"})
     torch.testing.assert_close(seen[3], guess, rtol=0, atol=0)
+
+
+def test_hidden_patches_that_are_encoded_are_mask_tokens_at_their_places() -> None:
+    objective = make({"target": "pixel", "predictor_width": 32, "drop_hidden": False})
+    batch, noise = make_batch(), Noise(0, 0, CPU)
+    masked = objective.eval()._mask_image(batch, noise)
+    encoder = objective.model.image_encoder
+    assert masked.tokens.shape[1] == encoder.prefix + 16
+    hidden = torch.zeros(6, 16, dtype=torch.bool).scatter(1, masked.masked, True)
+    pixels = objective.model.normalize(batch.image)
+    expected = encoder(pixels, hidden=hidden, mask_token=objective.mask_token)
+    torch.testing.assert_close(masked.tokens, expected)
+    with torch.no_grad():
+        objective.mask_token.add_(1.0)
+    assert not torch.equal(
+        encoder(pixels, hidden=hidden, mask_token=objective.mask_token), expected
+    )
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)

@@ -13,9 +13,9 @@ from vicvlm_cli.model.text_encoder import bert_config
 
 
 class PatchPredictor(nn.Module):
-    """Predicts hidden patches from the visible ones, and from the caption where it is given.
+    """Predicts hidden patches from the encoded ones, and from the caption where it is given.
 
-    The visible patches' features go back to their places in the grid, a mask token with its
+    The encoded patches' features go back to their places in the grid, a mask token with its
     position stands at the others (without positions, only a constant could be learned), and a few
     3x3 convolutions spread what is seen (data2vec 2.0, arXiv 2212.07525, sec. 3.2: cheaper than
     attention, and near neighbours are what counts). For joint masked image modelling, one attention
@@ -33,11 +33,13 @@ class PatchPredictor(nn.Module):
         width: int,
         depth: int,
         context_width: int = 0,
+        dropped: bool = True,
     ) -> None:
         super().__init__()
         self.grid = grid
         self.visible = nn.Linear(image_width, width)
-        self.mask_token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
+        # Where the encoder drops no patch, each place has its own features.
+        self.mask_token = nn.Parameter(torch.randn(1, 1, width) * 0.02) if dropped else None
         self.register_buffer("positions", sincos_2d(grid, width), persistent=False)
         self.convolutions = nn.ModuleList(
             nn.Conv2d(width, width, 3, padding=1) for _ in range(depth)
@@ -49,8 +51,8 @@ class PatchPredictor(nn.Module):
 
     def forward(
         self,
-        visible: Tensor,
-        keep: Tensor,
+        encoded: Tensor,
+        at: Tensor,
         masked: Tensor,
         context: Tensor | None = None,
         context_mask: Tensor | None = None,
@@ -58,17 +60,20 @@ class PatchPredictor(nn.Module):
         """Predict the hidden patches.
 
         Args:
-            visible: [B, K, image_width], features of the patches numbered ``keep`` [B, K].
+            encoded: [B, K, image_width], features of the patches numbered ``at`` [B, K]; of all
+                of them in order, unless the encoder drops some.
             masked: long [B, M], the patches to predict.
             context: [B, L, context_width] multimodal tokens, with bool ``context_mask`` [B, L].
 
         Returns:
             [B, M, out_width].
         """
-        seen = self.visible(visible).float()  # [B, K, D]
-        b, _, width = seen.shape
-        x = self.mask_token.expand(b, len(self.positions), -1)
-        x = x.scatter(1, keep.unsqueeze(-1).expand_as(seen), seen) + self.positions  # [B, N, D]
+        x = self.visible(encoded).float()  # [B, K, D]
+        b, _, width = x.shape
+        if self.mask_token is not None:
+            everywhere = self.mask_token.expand(b, len(self.positions), -1)
+            x = everywhere.scatter(1, at.unsqueeze(-1).expand_as(x), x)
+        x = x + self.positions  # [B, N, D]
         for convolution, norm in zip(self.convolutions, self.norms, strict=True):
             image = x.transpose(1, 2).reshape(b, width, *self.grid)  # [B, D, H, W]
             x = x + F.gelu(norm(convolution(image).flatten(2).transpose(1, 2)))  # [B, N, D]
@@ -83,7 +88,7 @@ class PatchPredictor(nn.Module):
 
 
 class JointPatchHead(nn.Module):
-    """Puts mask tokens among visible patches for a fusion that has image outputs, and reads them.
+    """Puts mask tokens among encoded patches for a fusion that has image outputs, and reads them.
 
     The prediction is a two-layer perceptron on the fusion's output at each hidden patch (BYOL's
     predictor, arXiv 2006.07733, sec. 3.1).
@@ -92,10 +97,17 @@ class JointPatchHead(nn.Module):
     positions: Tensor
 
     def __init__(
-        self, image_width: int, grid: tuple[int, int], fused_width: int, out_width: int
+        self,
+        image_width: int,
+        grid: tuple[int, int],
+        fused_width: int,
+        out_width: int,
+        *,
+        dropped: bool = True,
     ) -> None:
         super().__init__()
-        self.mask_token = nn.Parameter(torch.randn(1, 1, image_width) * 0.02)
+        # Where the encoder drops no patch, its tokens are at all places as they come.
+        self.mask_token = nn.Parameter(torch.randn(1, 1, image_width) * 0.02) if dropped else None
         self.register_buffer("positions", sincos_2d(grid, image_width), persistent=False)
         self.predictor = nn.Sequential(
             nn.Linear(fused_width, 2 * fused_width),
@@ -103,15 +115,28 @@ class JointPatchHead(nn.Module):
             nn.Linear(2 * fused_width, out_width),
         )
 
-    def insert(self, tokens: Tensor, prefix: int, keep: Tensor, masked: Tensor) -> Tensor:
-        """[B, prefix + K, D] visible tokens to [B, prefix + K + M, D], mask tokens at the end."""
-        hidden = (self.mask_token + self.positions[masked]).to(tokens.dtype)  # [B, M, D]
-        visible = tokens[:, prefix:] + self.positions[keep].to(tokens.dtype)
-        return torch.cat([tokens[:, :prefix], visible, hidden], dim=1)
+    def places(
+        self, tokens: Tensor, prefix: int, encoded: Tensor, masked: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens of all patches for the fusion, and where among them the hidden ones are.
 
-    def forward(self, fused_image: Tensor, hidden: int) -> Tensor:
-        """The last ``hidden`` of [B, N, fused_width] to predictions [B, hidden, out_width]."""
-        return self.predictor(fused_image[:, -hidden:])
+        Args:
+            tokens: [B, prefix + K, D], of the patches numbered ``encoded`` [B, K].
+            masked: long [B, M], the hidden patches.
+
+        Returns:
+            [B, prefix + N, D], mask tokens at the end if there are such, and long [B, M].
+        """
+        if self.mask_token is None:
+            return tokens, masked + prefix
+        hidden = (self.mask_token + self.positions[masked]).to(tokens.dtype)  # [B, M, D]
+        visible = tokens[:, prefix:] + self.positions[encoded].to(tokens.dtype)
+        number = tokens.shape[1] + torch.arange(masked.shape[1], device=tokens.device)
+        return torch.cat([tokens[:, :prefix], visible, hidden], dim=1), number.expand_as(masked)
+
+    def forward(self, fused_image: Tensor) -> Tensor:
+        """Fused tokens of the hidden patches, [B, M, fused_width], to [B, M, out_width]."""
+        return self.predictor(fused_image)
 
 
 class MLMHead(nn.Module):

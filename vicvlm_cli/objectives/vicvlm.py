@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Set
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -30,10 +31,10 @@ from vicvlm_cli.objectives.vicreg import TERMS, vicreg_terms
 
 
 class _MaskedImage(NamedTuple):
-    """Visible tokens of the masked picture, patch numbers, and the target of every patch."""
+    """Tokens of the masked picture, patch numbers, and the target of every patch."""
 
     tokens: Tensor  # [R, prefix + K, D]
-    keep: Tensor  # [R, K]
+    encoded: Tensor  # [R, K], the patches that the tokens are of: the visible, or all
     masked: Tensor  # [R, M]
     target: Tensor  # [R, N, T]
 
@@ -71,6 +72,8 @@ class VicVLM(nn.Module):
         ``target``: ``byol`` (features of the EMA image encoder) or ``pixel``. ``image_mask`` and
         ``text_mask``: shares hidden; ``mask_block``: side of a hidden block in patches.
         ``masked_stride``: the masked passes take every n-th row of the batch (1: all).
+        ``drop_hidden``: the image encoder does without the hidden patches; else a mask token stands
+        in for each, and what becomes of it is what is predicted from.
         """
 
         target: str = "byol"
@@ -80,6 +83,7 @@ class VicVLM(nn.Module):
         ema_decay: float = 0.995
         itm_negatives: int = 1
         masked_stride: int = 1
+        drop_hidden: bool = True
         predictor_width: int = 192
         predictor_depth: int = 2
 
@@ -103,12 +107,22 @@ class VicVLM(nn.Module):
         out = encoder.width if config.target == "byol" else 3 * side * side
         self.target = EmaTarget(encoder, config.ema_decay) if config.target == "byol" else None
         self.has_image_outputs = model.config.fusion == "concat"
-        sizes = {"width": config.predictor_width, "depth": config.predictor_depth}
-        self.mim_head = PatchPredictor(encoder.width, encoder.grid, out, **sizes)
+        dropped = config.drop_hidden
+        self.mask_token = None if dropped else nn.Parameter(torch.randn(encoder.width) * 0.02)
+        predictor = partial(
+            PatchPredictor,
+            encoder.width,
+            encoder.grid,
+            out,
+            width=config.predictor_width,
+            depth=config.predictor_depth,
+            dropped=dropped,
+        )
+        self.mim_head = predictor()
         self.joint_head = (
-            JointPatchHead(encoder.width, encoder.grid, width, out)
+            JointPatchHead(encoder.width, encoder.grid, width, out, dropped=dropped)
             if self.has_image_outputs
-            else PatchPredictor(encoder.width, encoder.grid, out, context_width=width, **sizes)
+            else predictor(context_width=width)
         )
         self.mlm_head = MLMHead(width, model.config.vocab_size)
         self.mask_id = tokenizer.mask_id
@@ -156,8 +170,8 @@ class VicVLM(nn.Module):
         if vicreg or "mim" in active or "joint_mim" in active:
             masked = self._mask_image(batch, noise)
             if "mim" in active:
-                visible = masked.tokens[:, model.image_encoder.prefix :]
-                guess = self.mim_head(visible, masked.keep, masked.masked)
+                patches = masked.tokens[:, model.image_encoder.prefix :]
+                guess = self.mim_head(patches, masked.encoded, masked.masked)
                 values["mim"] = self._mim(guess, masked)
                 trivial["mim"] = losses.mim_trivial(masked.target, masked.masked)
             if vicreg or "joint_mim" in active:
@@ -194,7 +208,12 @@ class VicVLM(nn.Module):
             else:
                 patches = self.target.module(pixels)[:, encoder.prefix :]
                 target = losses.standardize_patches(patches)
-        return _MaskedImage(encoder(pixels, keep), keep, masked, target)
+        if self.mask_token is None:
+            return _MaskedImage(encoder(pixels, keep), keep, masked, target)
+        everywhere = torch.arange(encoder.num_patches, device=draw.device).expand(len(draw), -1)
+        hidden = torch.zeros_like(everywhere, dtype=torch.bool).scatter(1, masked, True)
+        tokens = encoder(pixels, hidden=hidden, mask_token=self.mask_token)
+        return _MaskedImage(tokens, everywhere, masked, target)
 
     def _mim(self, guess: Tensor, masked: _MaskedImage) -> Tensor:
         total = losses.mim_sum(guess, take(masked.target, masked.masked))
@@ -205,17 +224,15 @@ class VicVLM(nn.Module):
         assert text.mask is not None
         prefix = self.model.image_encoder.prefix
         if isinstance(self.joint_head, JointPatchHead):
-            tokens = self.joint_head.insert(masked.tokens, prefix, masked.keep, masked.masked)
-            rows, hidden = masked.masked.shape
-            at = torch.arange(tokens.shape[1] - hidden, tokens.shape[1], device=tokens.device)
-            fused = self.model.fuse(
-                tokens, None, text.tokens, text.mask, want="image", at=at.expand(rows, -1)
+            tokens, at = self.joint_head.places(
+                masked.tokens, prefix, masked.encoded, masked.masked
             )
+            fused = self.model.fuse(tokens, None, text.tokens, text.mask, want="image", at=at)
             assert fused.image is not None
-            return self.joint_head(fused.image, hidden), fused.pooled
+            return self.joint_head(fused.image), fused.pooled
         fused = self.model.fuse(masked.tokens, None, text.tokens, text.mask)
-        visible = masked.tokens[:, prefix:]
-        guess = self.joint_head(visible, masked.keep, masked.masked, fused.text, text.mask)
+        patches = masked.tokens[:, prefix:]
+        guess = self.joint_head(patches, masked.encoded, masked.masked, fused.text, text.mask)
         return guess, fused.pooled
 
     def _mlm(self, batch: Batch, image: Encoded, noise: Noise) -> tuple[Tensor, Tensor, Tensor]:
