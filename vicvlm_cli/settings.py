@@ -95,6 +95,7 @@ class TrainConfig:
     lr: float = 2.5e-4
     image_lr: float = 0.0  # 0: the same as lr
     frozen_blocks: int = 0  # lowest blocks of the image encoder that keep their weights
+    cached_views: int = 0  # of each picture, through the frozen blocks beforehand; 0: each anew
     weight_decay: float = 0.01
     warmup: float = 0.05  # share of the run
     final_lr: float = 0.04  # share of the peak
@@ -175,5 +176,5 @@ POSITIVE = (
 NOT_NEGATIVE = (
     *("weight", "start", "ramp", "seed", "max_minutes", "image_lr", "weight_decay", "warmup"),
     *("validate_every", "validation_images", "rerank_top_k", "color_jitter", "text_dropout"),
-    *("more_captions", "frozen_blocks", "contrastive_batch"),
+    *("more_captions", "frozen_blocks", "cached_views", "contrastive_batch"),
 )

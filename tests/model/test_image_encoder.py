@@ -52,6 +52,28 @@ def test_all_patches_equal_timms_own_forward(name: str, options: dict[str, Any])
 
 
 @pytest.mark.parametrize(("name", "options"), VARIANTS)
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_what_the_frozen_blocks_began_is_gone_on_with(
+    frozen: int, name: str, options: dict[str, Any]
+) -> None:
+    encoder, _ = encoder_and_timm(name, options)
+    encoder.freeze(frozen)
+    image = torch.randn(3, 3, 32, 32)
+    begun = encoder.begin(image)
+    assert not begun.requires_grad
+    wrong = torch.zeros_like(image)
+    torch.testing.assert_close(encoder(wrong, begun=begun), encoder(image), rtol=0, atol=0)
+    encoder(wrong, begun=begun).square().sum().backward()
+    expected = {n: p.grad for n, p in encoder.named_parameters() if p.grad is not None}
+    encoder.zero_grad()
+    encoder(image).square().sum().backward()
+    if frozen:
+        for key, gradient in expected.items():
+            assert torch.equal(gradient, encoder.get_parameter(key).grad), key
+        assert not any(key.startswith("vit.blocks.0.") for key in expected)
+
+
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
 def test_another_size_has_its_positions_resampled_and_its_own_is_as_before(
     name: str, options: dict[str, Any]
 ) -> None:

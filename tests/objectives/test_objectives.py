@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,27 @@ def test_the_losses_are_those_named_and_finite(
     for loss in everything:  # one alone: that one, and the first whose similarities all share
         alone, guesses = objective(make_batch(), Noise(0, 0, CPU), {loss})
         assert set(alone) == set(guesses) == {objective.LOSSES[0], loss}
+
+
+@pytest.mark.parametrize(("name", "options"), [case for case in CASES if "vilt" not in case[0]])
+def test_a_step_goes_on_with_what_the_frozen_blocks_began(
+    name: str, options: dict[str, Any]
+) -> None:
+    size = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    model = make_model(fusion=fusions(name)[0], image_options=size)
+    model.image_encoder.freeze(1)
+    first, batch = make(name, options, model=model), make_batch()
+    second, active = copy.deepcopy(first), set(first.LOSSES)
+    expected, guesses = first(batch, Noise(0, 0, CPU), active)
+    batch.begun = model.image_encoder.begin(model.normalize(batch.image))
+    values, trivial = second(batch, Noise(0, 0, CPU), active)
+    for loss in active:
+        torch.testing.assert_close(values[loss], expected[loss])
+        torch.testing.assert_close(trivial[loss], guesses[loss])
+    batch.begun = batch.begun.flip(0)  # it is not begun all over
+    values, _ = second(batch, Noise(0, 0, CPU), active)
+    loss = first.LOSSES[0]
+    assert abs(float(values[loss].detach() - expected[loss].detach())) > 1e-5
 
 
 @EVERY

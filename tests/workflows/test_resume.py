@@ -96,6 +96,30 @@ def test_a_resumed_run_caches_the_same_contrast(
     assert rows(parts.run)[-1]["losses"] == rows(whole.run)[-1]["losses"]
 
 
+def test_a_resumed_run_finds_its_cached_views(scenes: Path, tmp_path: Path) -> None:
+    settings = (
+        "pretrain.epochs=3",
+        "pretrain.frozen_blocks=1",
+        "pretrain.cached_views=4",
+        "data.crop_scale=0.6",
+    )
+    whole = run(scenes, tmp_path / "whole", *settings)
+    assert not (whole.run / "views.npy").exists()
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(8, patch, ctrl_c)
+        with pytest.raises(KeyboardInterrupt):
+            run(scenes, tmp_path / "parts", *settings)
+    made = (tmp_path / "parts" / "views.npy").stat().st_mtime_ns
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(12, patch, ctrl_c)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(scenes, resume=tmp_path / "parts", progress=QUIET)
+    assert (tmp_path / "parts" / "views.npy").stat().st_mtime_ns == made
+    (tmp_path / "parts" / "views.npy").unlink()  # makes them again as they were
+    pretrain(scenes, resume=tmp_path / "parts", progress=QUIET)
+    assert equal(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+
+
 def test_a_run_that_dies_goes_on_from_its_last_save(scenes: Path, tmp_path: Path) -> None:
     settings = ("pretrain.state_minutes=0", "pretrain.epochs=3")
     run(scenes, tmp_path / "whole", *settings)

@@ -34,7 +34,8 @@ class Batch:
     ``image`` uint8 (float after augmentation) [B, 3, S, S]; ``input_ids`` long and
     ``attention_mask`` bool [B, L]; ``image_id`` long [B], equal where two captions share a
     picture; ``flip_ok`` bool [B], whether the mirrored picture still fits its captions.
-    ``more_ids`` and ``more_mask`` [B, E, M]: E further captions of each picture, or None.
+    ``more_ids`` and ``more_mask`` [B, E, M]: E further captions of each picture, or None. ``begun``
+    [B, N, D]: what the image encoder's frozen blocks make of the pictures, or None.
     """
 
     image: Tensor
@@ -44,6 +45,7 @@ class Batch:
     flip_ok: Tensor
     more_ids: Tensor | None = None
     more_mask: Tensor | None = None
+    begun: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on ``device``."""

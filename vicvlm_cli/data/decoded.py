@@ -6,15 +6,14 @@ fingerprint, the split's hash and the side in pixels. `vicvlm prepare` drops it 
 
 from __future__ import annotations
 
-import os
-import shutil
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from vicvlm_cli.data.arrays import read_array, write_array
 from vicvlm_cli.data.images import BadImage
 from vicvlm_cli.data.prepared import Split
 from vicvlm_cli.data.transforms import image_to_array
@@ -51,15 +50,17 @@ class DecodedFile:
 
     @cached_property
     def pixels(self) -> np.ndarray:
-        """The whole file, read from disk as it is used."""
-        return np.load(self.path, mmap_mode="r")
+        """The whole file, read from disk as it is used; only where it is whole."""
+        pixels = self._read()
+        assert pixels is not None
+        return pixels
 
     def is_whole(self) -> bool:
         """Whether the file is there, of the right shape."""
-        try:
-            return self.pixels.shape == self.shape and self.pixels.dtype == np.uint8
-        except (OSError, ValueError, EOFError):  # missing; truncated; empty
-            return False
+        return self._read() is not None
+
+    def _read(self) -> np.ndarray | None:
+        return read_array(self.path, "|u1", self.shape)
 
 
 def make_decoded(split: Split, size: int, progress: Progress) -> DecodedFile:
@@ -71,38 +72,25 @@ def make_decoded(split: Split, size: int, progress: Progress) -> DecodedFile:
     file = DecodedFile(split, size)
     if file.is_whole():
         return file
-    needed, free = int(np.prod(file.shape)), shutil.disk_usage(file.path.parent).free
-    room = "make room there, or leave out --cache"
-    if needed > free:
-        raise UserError(
-            f"the cache of {split.title} takes {needed / 1e9:.1f} GB and {file.path.parent} has "
-            f"{free / 1e9:.1f} GB left: {room}"
-        )
     progress.say(
-        f"cache: decoding {len(split):,} pictures into {file.path} ({needed / 1e9:.1f} GB)"
+        f"cache: decoding {len(split):,} pictures into {file.path} "
+        f"({np.prod(file.shape) / 1e9:.1f} GB)"
     )
-    beside = file.path.with_name(f"{file.path.name}.{os.getpid()}.tmp")
-    try:
-        _write(beside, split, file.shape, progress)
-        os.replace(beside, file.path)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(f"cannot write the cache {file.path}: {reason}; {room}") from None
-    finally:
-        beside.unlink(missing_ok=True)
-    return DecodedFile(split, size)
+    write_array(
+        file.path,
+        "|u1",
+        file.shape,
+        _decoded(split, size, progress),
+        what=f"the cache of {split.title}",
+        otherwise="make room there, or leave out --cache",
+    )
+    return file
 
 
-def _write(path: Path, split: Split, shape: tuple[int, ...], progress: Progress) -> None:
-    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-    with (
-        path.open("wb") as file,  # not through the map: a full disk would kill the process there
-        ThreadPoolExecutor() as pool,
-        progress.bar("decoding", len(split), "images") as bar,
-    ):
-        np.lib.format.write_array_header_1_0(file, header)
+def _decoded(split: Split, size: int, progress: Progress) -> Iterator[bytes]:
+    with ThreadPoolExecutor() as pool, progress.bar("decoding", len(split), "images") as bar:
         for start in range(0, len(split), BLOCK):
             block = range(start, min(start + BLOCK, len(split)))
-            for pixels in pool.map(lambda i: decode(split, i, shape[-1]), block):
-                file.write(pixels.tobytes())
+            for pixels in pool.map(lambda i: decode(split, i, size), block):
+                yield pixels.tobytes()
                 bar.advance()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+
+from vicvlm_cli.settings import DataConfig
 
 # A caption that names a side is false of the mirrored picture.
 _SIDE = re.compile(r"\b(?:left|right|leftmost|rightmost|lefthand|righthand)\b", re.IGNORECASE)
@@ -66,6 +69,20 @@ def random_crop(image: Tensor, size: int, scale: float, noise: Tensor, flip: Ten
     return F.grid_sample(
         image.float(), grid, mode="bilinear", padding_mode="reflection", align_corners=False
     )
+
+
+class Draws(NamedTuple):
+    """What chance decides of each picture: see :func:`random_crop` and :func:`color_jitter`."""
+
+    flip: Tensor  # bool [B]
+    crop: Tensor  # uniform [B, 4]
+    color: Tensor  # uniform [B, 3]
+
+
+def augmented(image: Tensor, size: int, data: DataConfig, draws: Draws) -> Tensor:
+    """Random crops, flips and colours of uint8 [B, 3, H, W]: float [B, 3, size, size]."""
+    image = random_crop(image, size, data.crop_scale, draws.crop, draws.flip)
+    return color_jitter(image, data.color_jitter, draws.color) if data.color_jitter else image
 
 
 def color_jitter(image: Tensor, strength: float, noise: Tensor) -> Tensor:

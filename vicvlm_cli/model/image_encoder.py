@@ -79,6 +79,7 @@ class ImageEncoder(nn.Module):
         self.width: int = vit.embed_dim
         self.grid: tuple[int, int] = tuple(vit.patch_embed.grid_size)
         self.prefix: int = vit.num_prefix_tokens
+        self.frozen = 0  # lowest blocks that keep their weights
         self.eval_size: int = max(1, round(eval_scale * size / patch)) * patch
         if positions == "sincos" and not weights:
             # timm starts positions at a std of 0.02 beside patches of about 0.3; a short training
@@ -105,17 +106,25 @@ class ImageEncoder(nn.Module):
                 f"frozen_blocks={blocks} is more than the image encoder's {len(vit.blocks)} blocks"
             )
         self.requires_grad_(True)
+        self.frozen = blocks
         if blocks:
             for name, parameter in vit.named_parameters():
                 if not name.startswith(("blocks.", "norm.", "fc_norm.")):
                     parameter.requires_grad_(False)
             vit.blocks[:blocks].requires_grad_(False)
 
+    @torch.no_grad()
+    def begin(self, image: Tensor) -> Tensor:
+        """Normalised pictures [B, 3, S, S] through the frozen blocks: [B, prefix + N, width]."""
+        vit: Any = self.vit
+        return vit.blocks[: self.frozen](self._embed(image))
+
     def forward(
         self,
         image: Tensor,
         keep: Tensor | None = None,
         *,
+        begun: Tensor | None = None,
         hidden: Tensor | None = None,
         mask_token: Tensor | None = None,
     ) -> Tensor:
@@ -125,6 +134,7 @@ class ImageEncoder(nn.Module):
             image: float [B, 3, S, S], already normalised.
             keep: long [B, K], the patches to encode; the others are dropped before the first block
                 (He et al., arXiv 2111.06377, sec. 3). None: all.
+            begun: what :meth:`begin` gave for ``image``, which then is not looked at; or None.
             hidden: bool [B, N], the patches that ``mask_token`` [width] stands in for, before
                 positions are added (BEiT, arXiv 2106.08254, sec. 2.3). None: none.
 
@@ -132,16 +142,27 @@ class ImageEncoder(nn.Module):
             [B, prefix + N or K, width], the class token first, after the final norm.
         """
         vit: Any = self.vit
-        x = vit.patch_embed(image)  # [B, N, D], or [B, H, W, D] where timm keeps the grid
-        if hidden is not None:
-            assert mask_token is not None
-            x = torch.where(hidden.view(x.shape[:-1]).unsqueeze(-1), mask_token.to(x.dtype), x)
-        x = vit.norm_pre(vit._pos_embed(x))  # [B, prefix + N, D]
+        if begun is not None:
+            assert keep is None and hidden is None, "the frozen blocks have seen the whole picture"
+            return vit.norm(vit.blocks[self.frozen :](begun.float()))
+        x = self._embed(image, hidden, mask_token)
         if keep is not None:
             patches = x[:, self.prefix :]
             index = keep.unsqueeze(-1).expand(-1, -1, x.shape[-1])
             x = torch.cat([x[:, : self.prefix], patches.gather(1, index)], dim=1)
         return vit.norm(vit.blocks(x))
+
+    def _embed(
+        self, image: Tensor, hidden: Tensor | None = None, mask_token: Tensor | None = None
+    ) -> Tensor:
+        """What enters the first block, [B, prefix + N, width]."""
+        vit: Any = self.vit
+        x = vit.patch_embed(image)  # [B, N, D], or [B, H, W, D] where timm keeps the grid
+        if hidden is not None:
+            assert mask_token is not None
+            x = torch.where(hidden.view(x.shape[:-1]).unsqueeze(-1), mask_token.to(x.dtype), x)
+        embedded: Tensor = vit.norm_pre(vit._pos_embed(x))
+        return embedded
 
 
 def _create(name: str, weights: str, arguments: dict[str, Any]) -> nn.Module:

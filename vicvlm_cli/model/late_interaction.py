@@ -142,10 +142,11 @@ class LateInteraction(VLM):
         """The attention's score; it alone orders the shortlist."""
         return PairScore("stacked cross attention", alone=True)
 
-    def encode_image(self, image: Tensor) -> Encoded:
+    def encode_image(self, image: Tensor, begun: Tensor | None = None) -> Encoded:
         """Encode pictures; as :class:`RetrievalModel`."""
-        tokens = self.image_encoder(self.normalize(image))[:, self.image_encoder.prefix :]
-        patches = F.normalize(self.image_projection(tokens), dim=-1)
+        tokens = self.image_encoder(self.normalize(image), begun=begun)
+        patches = tokens[:, self.image_encoder.prefix :]
+        patches = F.normalize(self.image_projection(patches), dim=-1)
         return Encoded(F.normalize(patches.mean(dim=1), dim=-1), patches, None)
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Encoded:

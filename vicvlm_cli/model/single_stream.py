@@ -90,8 +90,9 @@ class SingleStream(RetrievalModel):
         out: Tensor = self.word_embedding(input_ids) + self.kind_embedding[TEXT]
         return out
 
-    def encode_image(self, image: Tensor) -> Encoded:
-        """Encode pictures; as :class:`RetrievalModel`."""
+    def encode_image(self, image: Tensor, begun: Tensor | None = None) -> Encoded:
+        """Encode pictures; as :class:`RetrievalModel`, but that nothing can be begun."""
+        assert begun is None, "words are there from the first block on"
         tokens = self.embed_image(image)
         pooled = self._alone(tokens, None)
         return Encoded(F.normalize(self.image_projection(pooled), dim=-1), tokens, None)

@@ -125,11 +125,13 @@ class RetrievalModel(nn.Module, ABC):
         return (image.float() - self.mean) / self.std
 
     @abstractmethod
-    def encode_image(self, image: Tensor) -> Encoded:
+    def encode_image(self, image: Tensor, begun: Tensor | None = None) -> Encoded:
         """Encode pictures.
 
         Args:
             image: uint8, or float in [0, 255], [B, 3, S, S] with S the configured image size.
+            begun: [B, prefix + N, D], what the image encoder's frozen blocks make of ``image`` if
+                that is known; the rest of the way is all that it takes then.
         """
 
     @abstractmethod
@@ -178,9 +180,9 @@ class VLM(RetrievalModel):
         """ITM where there is a fusion encoder."""
         return None if self.itm_head is None else PairScore("ITM")
 
-    def encode_image(self, image: Tensor) -> Encoded:
+    def encode_image(self, image: Tensor, begun: Tensor | None = None) -> Encoded:
         """Encode pictures; as :class:`RetrievalModel`."""
-        tokens = self.image_encoder(self.normalize(image))
+        tokens = self.image_encoder(self.normalize(image), begun=begun)
         if self.shared is not None:
             return self._share(self.shared, tokens, None, self.image_projection)
         # The class token and the pooled patches each carry what the other misses.

@@ -108,10 +108,10 @@ class ALBEF(nn.Module):
     ) -> Losses:
         """Raw losses named in ``active`` (ITC always), and the trivial value of each."""
         model, number = self.model, self.config.itm_negatives
-        image = model.encode_image(batch.image)
+        image = model.encode_image(batch.image, batch.begun)
         text = model.encode_text(batch.input_ids, batch.attention_mask)
         with torch.no_grad():
-            image_m = self._momentum.encode_image(batch.image)
+            image_m = self._momentum.encode_image(batch.image, batch.begun)
             text_m = self._momentum.encode_text(batch.input_ids, batch.attention_mask)
         images, texts = image.features.float(), text.features.float()
         rows = images, texts, image_m.features.float(), text_m.features.float(), batch.image_id

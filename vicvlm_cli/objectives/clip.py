@@ -54,7 +54,7 @@ class CLIP(nn.Module):
         self, batch: Batch, noise: Noise, active: Set[str], cached: Cached = None
     ) -> Losses:
         """The contrastive loss of the global batch, and what a constant guess gives."""
-        image = self.model.encode_image(batch.image)
+        image = self.model.encode_image(batch.image, batch.begun)
         text = self.model.encode_text(batch.input_ids, batch.attention_mask)
         if self.bias is None:
             contrasted = contrast(self.model, image, text, batch, cached)

@@ -118,7 +118,7 @@ class MAMO(nn.Module):
     ) -> Losses:
         """Raw losses named in ``active`` (ITC always), and the trivial value of each."""
         model, number = self.model, self.config.itm_negatives
-        image = model.encode_image(batch.image)
+        image = model.encode_image(batch.image, batch.begun)
         text = model.encode_text(batch.input_ids, batch.attention_mask)
         contrasted = contrast(model, image, text, batch, cached)
         values = {"itc": contrasted.loss}
@@ -159,7 +159,7 @@ class MAMO(nn.Module):
     @torch.no_grad()
     def _clean(self, batch: Batch, multimodal: bool) -> _Clean:
         prefix = self.model.image_encoder.prefix
-        image = self.ema_image.module(self.model.normalize(batch.image))
+        image = self.ema_image.module(self.model.normalize(batch.image), begun=batch.begun)
         if not multimodal:
             return _Clean(image[:, prefix:], None, None)
         text = self.ema_text.module(batch.input_ids, batch.attention_mask)

@@ -97,7 +97,7 @@ class MaskVLM(nn.Module):
     ) -> Losses:
         """Raw losses named in ``active`` (ITC always), and the trivial value of each."""
         model, number = self.model, self.config.itm_negatives
-        image = model.encode_image(batch.image)
+        image = model.encode_image(batch.image, batch.begun)
         text = model.encode_text(batch.input_ids, batch.attention_mask)
         contrasted = contrast(model, image, text, batch, cached)
         values = {"itc": contrasted.loss}

@@ -45,7 +45,7 @@ class Retrieval(nn.Module):
         self, batch: Batch, noise: Noise, active: Set[str], cached: Cached = None
     ) -> Losses:
         """Raw losses named in ``active``, and the trivial value of each."""
-        image = self.model.encode_image(batch.image)
+        image = self.model.encode_image(batch.image, batch.begun)
         text = self.model.encode_text(batch.input_ids, batch.attention_mask)
         contrasted = contrast(self.model, image, text, batch, cached)
         values = {"itc": contrasted.loss}

@@ -147,7 +147,7 @@ class SSMKE(nn.Module):
         self, batch: Batch, noise: Noise, active: Set[str], cached: Cached = None
     ) -> Losses:
         """Raw losses named in ``active`` (ITC always), and the trivial value of each."""
-        image = self.model.encode_image(batch.image)
+        image = self.model.encode_image(batch.image, batch.begun)
         text = self.model.encode_text(batch.input_ids, batch.attention_mask)
         assert image.attended is not None and text.attended is not None
         first = F.normalize(self.image_head(image.attended), dim=-1)

@@ -34,7 +34,7 @@ class SCAN(VSEPP):
         """The hinge of the global batch, and its value where all similarities are equal."""
         model = self.model
         assert isinstance(model, LateInteraction)
-        image = model.encode_image(batch.image)
+        image = model.encode_image(batch.image, batch.begun)
         text = model.encode_text(batch.input_ids, batch.attention_mask)
         assert text.mask is not None
         # Each process compares its own pictures with the captions of all.

@@ -141,7 +141,7 @@ class VicVLM(nn.Module):
     ) -> Losses:
         """Raw losses named in ``active`` (ITC always), and the trivial value of each."""
         model, number = self.model, self.config.itm_negatives
-        image = model.encode_image(batch.image)
+        image = model.encode_image(batch.image, batch.begun)
         text = model.encode_text(batch.input_ids, batch.attention_mask)
         contrasted = contrast(model, image, text, batch, cached)
         values = {"itc": contrasted.loss}
@@ -206,8 +206,8 @@ class VicVLM(nn.Module):
             if self.target is None:
                 target = losses.normalized_pixels(pixels, encoder.grid)
             else:
-                patches = self.target.module(pixels)[:, encoder.prefix :]
-                target = losses.standardize_patches(patches)
+                tokens = self.target.module(pixels, begun=batch.begun)
+                target = losses.standardize_patches(tokens[:, encoder.prefix :])
         if self.mask_token is None:
             return _MaskedImage(encoder(pixels, keep), keep, masked, target)
         everywhere = torch.arange(encoder.num_patches, device=draw.device).expand(len(draw), -1)

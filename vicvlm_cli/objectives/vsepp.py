@@ -56,7 +56,7 @@ class VSEPP(nn.Module):
         self, batch: Batch, noise: Noise, active: Set[str], cached: Cached = None
     ) -> Losses:
         """The hinge of the global batch, and its value where all similarities are equal."""
-        image = self.model.encode_image(batch.image)
+        image = self.model.encode_image(batch.image, batch.begun)
         text = self.model.encode_text(batch.input_ids, batch.attention_mask)
         rows = image.features.float(), text.features.float(), batch.image_id
         loss, trivial = over_step(self._of_features, *rows, cached=cached)

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from vicvlm_cli.data.batches import Batch, Plan, batches
 from vicvlm_cli.data.prepared import Split
 from vicvlm_cli.data.tokenizer import Tokenizer
-from vicvlm_cli.data.transforms import color_jitter, random_crop
+from vicvlm_cli.data.transforms import Draws, augmented
 from vicvlm_cli.objectives.ranks import Noise, seed_modules
 from vicvlm_cli.report.progress import Progress
 from vicvlm_cli.settings import DataConfig, TrainConfig
@@ -26,6 +27,7 @@ from vicvlm_cli.workflows.metrics import LOG_STEPS, Metrics
 from vicvlm_cli.workflows.profile import Recorder
 from vicvlm_cli.workflows.state import Position
 from vicvlm_cli.workflows.stopping import StopAtStep
+from vicvlm_cli.workflows.views import make_views
 
 T = TypeVar("T")
 # Never decayed: they are few, and their size means something (biases, norms, embeddings, scale).
@@ -75,10 +77,8 @@ def augment(batch: Batch, size: int, data: DataConfig, noise: Noise) -> Tensor:
     """Random crops, flips where captions allow them, and colours: float [B, 3, size, size]."""
     rows = len(batch.image)
     flip = batch.flip_ok & (noise.rand(rows) < 0.5) & data.flip
-    image = random_crop(batch.image, size, data.crop_scale, noise.rand(rows, 4), flip)
-    if data.color_jitter:
-        image = color_jitter(image, data.color_jitter, noise.rand(rows, 3))
-    return image
+    draws = Draws(flip, noise.rand(rows, 4), noise.rand(rows, 3))
+    return augmented(batch.image, size, data, draws)
 
 
 def run_loop(
@@ -92,6 +92,7 @@ def run_loop(
     tokenizer: Tokenizer,
     plan: Plan,
     position: Position,
+    folder: Path,
     metrics: Metrics,
     validate: Callable[[], None],
     save_state: Callable[[], None],
@@ -99,6 +100,8 @@ def run_loop(
     progress: Progress,
 ) -> None:
     """Train from ``position`` to the end of the schedule, or of ``max_minutes``.
+
+    ``folder``: of the run, for what takes room only as long as it lasts.
 
     Raises:
         UserError: the split does not fill a batch, or a loss is not finite.
@@ -126,6 +129,9 @@ def run_loop(
             share = agreed(max(share, (clock() - began) / (60 * config.max_minutes)))
         return min(share, 1.0)
 
+    resumed = position.step > 0
+    views = make_views(accelerator, model, rows, config, data, folder, resumed, progress)
+
     def ready(batch: Batch, number: int) -> tuple[Batch, Noise]:
         """The run's ``number``-th batch on the device and augmented, and its noise."""
         noise = Noise(config.seed, number, accelerator.device)
@@ -133,7 +139,10 @@ def run_loop(
             seed_modules(config.seed, number)
         with part("augment"):
             batch = batch.to(accelerator.device)
-            batch.image = augment(batch, model.config.image_size, data, noise)
+            if views is None:
+                batch.image = augment(batch, model.config.image_size, data, noise)
+            else:
+                views.choose(batch, noise)
         return batch, noise
 
     def first_pass(*arguments: Any) -> None:

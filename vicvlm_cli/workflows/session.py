@@ -20,6 +20,7 @@ from vicvlm_cli.report.progress import Progress
 from vicvlm_cli.settings import Config, TrainConfig
 from vicvlm_cli.workflows.metrics import Metrics
 from vicvlm_cli.workflows.state import Position, save_run_state
+from vicvlm_cli.workflows.views import drop_views
 
 
 @dataclass
@@ -86,6 +87,7 @@ class Session:
                 self._keep(kept, _weights_of(row))
             weights = _weights_of(row) if row else RerankWeights()
             shutil.rmtree(self.job.run / "state", ignore_errors=True)
+            drop_views(self.job.run)
         self.accelerator.wait_for_everyone()
         return RerankWeights(*broadcast_object_list([tuple(weights)])[0])
 

@@ -237,6 +237,7 @@ def _train(
         tokenizer=job.tokenizer,
         plan=plan,
         position=job.position,
+        folder=job.run,
         metrics=metrics,
         validate=session.validate,
         save_state=session.save_state,
