@@ -28,7 +28,8 @@ def gflop_per_pair(data: Path, preset: str | None, settings: tuple[str, ...]) ->
 
     Matrix products, attention and convolutions count, a multiply-add as two; EMA targets and
     teachers too. Every set of losses that is on together in some step is measured once, on a real
-    batch, and counts as often as it is on: losses share passes, and do not add up.
+    batch, and counts as often as it is on: losses share passes, and do not add up. What
+    ``cached_views`` costs beforehand is not of a pair, and not in it.
 
     Args:
         preset: None is the data set's own.
@@ -56,6 +57,8 @@ def gflop_per_pair(data: Path, preset: str | None, settings: tuple[str, ...]) ->
     batch = next(batches(rows, plan))
     noise = Noise(train.seed, 0, torch.device("cpu"))
     batch.image = augment(batch, model.config.image_size, config.data, noise)
+    if train.cached_views:
+        batch.begun = model.image_encoder.begin(model.normalize(batch.image))
 
     def cost(active: Set[str]) -> float:
         with FlopCounterMode(display=False) as counter:

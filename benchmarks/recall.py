@@ -80,6 +80,23 @@ ROWS: dict[str, tuple[str, ...]] = {
     **{f"itc-size-{n}": (*ALONE, f"model.image_size={n}") for n in (96, 160, 192)},
     "itc-eval-128": (*ALONE, "model.eval_image_scale=1"),
     "itc-more-captions": (*ALONE, "data.more_captions=1"),
+    **{f"itc-image-lr-{rate}": (*ALONE, f"pretrain.image_lr={rate}") for rate in ("1e-4", "4e-4")},
+    **{f"itc-lr-{rate}": (*ALONE, f"pretrain.lr={rate}") for rate in ("5e-4", "2e-3")},
+    **{f"itc-text-layers-{n}": (*ALONE, f"model.text_layers={n}") for n in (1, 2, 4)},
+    **{f"itc-text-width-{n}": (*ALONE, f"model.text_width={n}") for n in (192, 384)},
+    **{f"itc-temperature-{t}": (*ALONE, f"model.temperature={t}") for t in (0.03, 0.15)},
+    **{f"itc-crop-{share}": (*ALONE, f"data.crop_scale={share}") for share in (0.4, 0.8)},
+    **{f"itc-vocab-{n}": (*ALONE, f"model.vocab_size={n}") for n in (3000, 10000)},
+    "itc-max-pool": (*ALONE, "model.image_pool=max"),
+    "itc-no-dropout": (*ALONE, "model.text_dropout=0"),
+    "itc-drop-path": (*ALONE, "model.image_options={drop_path_rate = 0.1}"),
+    "itc-color": (*ALONE, "data.color_jitter=0.3"),
+    "itc-final-lr-0": (*ALONE, "pretrain.final_lr=0"),
+    # Frozen blocks see eight views of each picture, once; the time for it is the run's.
+    **{
+        f"itc-cached-{n}": (*ALONE, f"pretrain.frozen_blocks={n}", "pretrain.cached_views=8")
+        for n in (3, 6, 9)
+    },
 }
 
 
