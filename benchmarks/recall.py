@@ -92,6 +92,12 @@ ROWS: dict[str, tuple[str, ...]] = {
     "itc-drop-path": (*ALONE, "model.image_options={drop_path_rate = 0.1}"),
     "itc-color": (*ALONE, "data.color_jitter=0.3"),
     "itc-final-lr-0": (*ALONE, "pretrain.final_lr=0"),
+    # VICReg on the two projections themselves: it needs no pass of its own.
+    "clip+vicreg": (
+        "pretrain.objective=clip",
+        "pretrain.losses.variance={weight = 0.5}",
+        "pretrain.losses.covariance={weight = 0.02}",
+    ),
     # Frozen blocks see eight views of each picture, once; the time for it is the run's.
     **{
         f"itc-cached-{n}": (*ALONE, f"pretrain.frozen_blocks={n}", "pretrain.cached_views=8")
