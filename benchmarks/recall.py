@@ -44,7 +44,21 @@ def without(*names: str) -> tuple[str, ...]:
     return tuple(f"pretrain.losses.{name}.weight=0" for name in names)
 
 
+def on_projections(**weights: float) -> tuple[str, ...]:
+    """Settings of ITC with VICReg's terms on the projections."""
+    terms = (f"pretrain.losses.{name}.weight={weight}" for name, weight in weights.items())
+    return ("pretrain.objective=clip", *terms)
+
+
 ALONE = without(*OTHERS)
+PROJECTED: dict[str, dict[str, float]] = {
+    "vicreg": {"variance": 0.5, "covariance": 0.02},
+    "variance": {"variance": 0.5},
+    "covariance": {"covariance": 0.02},
+    "vicreg-strong": {"variance": 2.0, "covariance": 0.1},
+    "vicreg-weak": {"variance": 0.1, "covariance": 0.005},
+    "vicreg-invariance": {"variance": 0.5, "covariance": 0.02, "invariance": 0.5},
+}
 SMALL_STEPS = ("pretrain.batch_size=64", "pretrain.frozen_blocks=6")
 # A row's settings of pretraining, laid over the preset for photographs; all of the budget goes to
 # pretraining.
@@ -93,11 +107,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "itc-color": (*ALONE, "data.color_jitter=0.3"),
     "itc-final-lr-0": (*ALONE, "pretrain.final_lr=0"),
     # VICReg on the two projections themselves: it needs no pass of its own.
-    "clip+vicreg": (
-        "pretrain.objective=clip",
-        "pretrain.losses.variance={weight = 0.5}",
-        "pretrain.losses.covariance={weight = 0.02}",
-    ),
+    **{f"clip+{name}": on_projections(**weights) for name, weights in PROJECTED.items()},
     # Frozen blocks see eight views of each picture, once; the time for it is the run's.
     **{
         f"itc-cached-{n}": (*ALONE, f"pretrain.frozen_blocks={n}", "pretrain.cached_views=8")
