@@ -45,8 +45,16 @@ def test_the_terms_stand_beside_every_objective(name: str) -> None:
     assert set(objective(make_batch(), NOISE, {first})[0]) == {first}
 
 
-def test_the_terms_are_those_of_the_projections_of_the_clean_pair() -> None:
-    objective, batch = make(), make_batch()
+# VicVLM's masked passes come after the clean one, and project other features.
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("clip", {}), ("vicvlm", {"vicreg": "projections", "predictor_width": 32})],
+)
+def test_the_terms_are_those_of_the_projections_of_the_clean_pair(
+    name: str, options: dict[str, Any]
+) -> None:
+    objective, batch = make(name, **options), make_batch()
+    objective(make_batch(4, seed=1), NOISE, set(objective.LOSSES))  # another step's are forgotten
     model = objective.model
     tokens = model.image_encoder(model.normalize(batch.image))
     prefix = model.image_encoder.prefix
@@ -54,7 +62,8 @@ def test_the_terms_are_those_of_the_projections_of_the_clean_pair() -> None:
     words = model.text_encoder(batch.input_ids, batch.attention_mask)
     real = batch.attention_mask.unsqueeze(-1)
     b = model.text_projection(words[:, 0] + (words * real).sum(1) / real.sum(1))
-    values, _ = objective(batch, NOISE, {"itc", *TERMS})
+    values, trivial = objective(batch, NOISE, set(objective.LOSSES))
+    assert set(values) == set(trivial) == set(objective.LOSSES)
     expected = (losses.variance(a) + losses.variance(b)) / 2
     torch.testing.assert_close(values["variance"], expected)
     expected = (losses.covariance(a) + losses.covariance(b)) / 2
@@ -64,7 +73,7 @@ def test_the_terms_are_those_of_the_projections_of_the_clean_pair() -> None:
 
 def test_the_expander_is_trained_and_no_part_of_the_model() -> None:
     objective = make(expander=24).train()
-    assert sum(p.numel() for p in objective.expander.parameters()) == (
+    assert sum(p.numel() for p in objective.vicreg.expander.parameters()) == (
         16 * 24 + 24 + 24 * 24 + 24 + 4 * 24 + 24 * 24
     )
     values, _ = objective(make_batch(), NOISE, {"itc", *TERMS})
@@ -72,7 +81,7 @@ def test_the_expander_is_trained_and_no_part_of_the_model() -> None:
     for key, parameter in objective.named_parameters():
         assert parameter.grad is not None, key
     assert not any("expander" in key for key in objective.model.state_dict())
-    assert not [p for p in make().expander.parameters()]
+    assert not [p for p in make().vicreg.expander.parameters()]
 
 
 def test_the_image_encoder_keeps_its_own_rate() -> None:
@@ -86,6 +95,16 @@ def test_the_image_encoder_keeps_its_own_rate() -> None:
 
 def test_vicvlm_has_them_on_its_fused_features() -> None:
     assert not isinstance(make("vicvlm", predictor_width=32), WithVICReg)
+    with pytest.raises(UsageError, match="options.vicreg is 'fused', not multimodal or projection"):
+        make("vicvlm", vicreg="fused")
+
+
+def test_vicvlm_needs_no_further_pass_for_them_on_the_projections() -> None:
+    objective = make("vicvlm", vicreg="projections")
+    passes: list[int] = []
+    objective.model.fusion.register_forward_hook(lambda *_: passes.append(1))
+    values, _ = objective(make_batch(), NOISE, {"itc", *TERMS})
+    assert not passes and set(values) == {"itc", *TERMS}
 
 
 def test_what_is_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Set
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,26 +63,65 @@ def _require_pairs(number: int) -> None:
         )
 
 
-class WithVICReg(nn.Module):
-    """An objective, and VICReg (arXiv 2105.04906) on the pictures' and the captions' projections.
+class ProjectedVICReg(nn.Module):
+    """VICReg on the pictures' and the captions' projections, before they get unit length.
 
-    The features are those of the objective's own first pass over the pair, before they get unit
-    length: nothing is encoded twice. They may go through an expander first (sec. 3.2).
+    They are those of a step's first pass over the pair: nothing is encoded for it. They may go
+    through an expander first (arXiv 2105.04906, sec. 3.2).
+
+    Args:
+        model: whose projections; it is the objective's, not this module's.
+        expander: width of the expander's layers; 0: no expander.
+    """
+
+    def __init__(self, model: VLM, expander: int = 0) -> None:
+        super().__init__()
+        width = model.config.projection_dim
+        self.expander = _expander(width, expander) if expander else nn.Identity()
+        self._seen: dict[str, Tensor] = {}
+        for name in ("image_projection", "text_projection"):
+            model.get_submodule(name).register_forward_hook(partial(self._keep, name))
+
+    def _keep(self, name: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        self._seen.setdefault(name, output)  # the first pass is over the pair as it is
+
+    def begin(self) -> None:
+        """Forget what was projected: a step begins, or it is over."""
+        self._seen.clear()
+
+    def forward(self, active: Set[str]) -> Losses:
+        """The terms in ``active`` with their trivial values, of what was projected since.
+
+        Raises:
+            UsageError: the model projects patches and words, or there is but one pair.
+        """
+        if any(x.dim() != 2 for x in self._seen.values()):
+            raise UsageError(
+                "VICReg's terms are of one vector a picture and caption, and this model "
+                f"projects each patch and word: leave {', '.join(TERMS)} out of the losses"
+            )
+        # Gathered first: the expander's batch norm is that of the global batch.
+        gathered = [
+            gather(self._seen[name].float()) for name in ("image_projection", "text_projection")
+        ]
+        _require_pairs(len(gathered[0]))
+        a, b = (self.expander(x).float() for x in gathered)
+        return vicreg_terms([a, b], [(a, b)], active)
+
+
+class WithVICReg(nn.Module):
+    """An objective, and :class:`ProjectedVICReg` beside it.
 
     Args:
         objective: what else is trained; it owns the model.
-        expander: width of the expander's layers; 0: no expander.
+        expander: as of :class:`ProjectedVICReg`.
     """
 
     def __init__(self, objective: Any, expander: int) -> None:
         super().__init__()
         self.objective: Any = objective
         self.LOSSES: tuple[str, ...] = (*objective.LOSSES, *TERMS)
-        width = self.model.config.projection_dim
-        self.expander = _expander(width, expander) if expander else nn.Identity()
-        self._seen: dict[str, Tensor] = {}
-        for name in ("image_projection", "text_projection"):
-            self.model.get_submodule(name).register_forward_hook(self._keeper(name))
+        self.vicreg = ProjectedVICReg(self.model, expander)
 
     @property
     def model(self) -> VLM:
@@ -89,34 +129,17 @@ class WithVICReg(nn.Module):
         model: VLM = self.objective.model
         return model
 
-    def _keeper(self, name: str) -> Any:
-        def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            self._seen.setdefault(name, output)  # the first pass is over the pair as it is
-
-        return keep
-
     def forward(self, batch: Batch, noise: Noise, active: Set[str], *cached: Any) -> Losses:
         """The objective's losses in ``active`` and VICReg's, each with its trivial value.
 
         ``cached`` is the objective's own; VICReg's terms are of one batch.
         """
-        self._seen.clear()
+        self.vicreg.begin()
         values, trivial = self.objective(batch, noise, active - set(TERMS), *cached)
         if not active.isdisjoint(TERMS):
-            if any(x.dim() != 2 for x in self._seen.values()):
-                raise UsageError(
-                    "VICReg's terms are of one vector a picture and caption, and this model "
-                    f"projects each patch and word: leave {', '.join(TERMS)} out of the losses"
-                )
-            # Gathered first: the expander's batch norm is that of the global batch.
-            gathered = [
-                gather(self._seen[name].float()) for name in ("image_projection", "text_projection")
-            ]
-            _require_pairs(len(gathered[0]))
-            a, b = (self.expander(x).float() for x in gathered)
-            terms, guesses = vicreg_terms([a, b], [(a, b)], active)
+            terms, guesses = self.vicreg(active)
             values, trivial = {**values, **terms}, {**trivial, **guesses}
-        self._seen.clear()
+        self.vicreg.begin()
         return values, trivial
 
     def after_step(self) -> None:

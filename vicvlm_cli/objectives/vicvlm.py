@@ -27,7 +27,7 @@ from vicvlm_cli.objectives.masking import check_block, mask_patches
 from vicvlm_cli.objectives.momentum import EmaTarget
 from vicvlm_cli.objectives.ranks import Noise, gather, global_mean
 from vicvlm_cli.objectives.retrieval import Losses
-from vicvlm_cli.objectives.vicreg import TERMS, vicreg_terms
+from vicvlm_cli.objectives.vicreg import TERMS, ProjectedVICReg, vicreg_terms
 
 
 class _MaskedImage(NamedTuple):
@@ -72,6 +72,8 @@ class VicVLM(nn.Module):
         ``target``: ``byol`` (features of the EMA image encoder) or ``pixel``. ``image_mask`` and
         ``text_mask``: shares hidden; ``mask_block``: side of a hidden block in patches.
         ``masked_stride``: the masked passes take every n-th row of the batch (1: all).
+        ``vicreg``: its terms are of the ``multimodal`` features of the three pairs, or of the
+        ``projections`` of picture and caption, which take no pass of their own.
         ``drop_hidden``: the image encoder does without the hidden patches; else a mask token stands
         in for each, and what becomes of it is what is predicted from.
         """
@@ -84,6 +86,7 @@ class VicVLM(nn.Module):
         itm_negatives: int = 1
         masked_stride: int = 1
         drop_hidden: bool = True
+        vicreg: str = "multimodal"
         predictor_width: int = 192
         predictor_depth: int = 2
 
@@ -92,6 +95,8 @@ class VicVLM(nn.Module):
         require_matching(model, "vicvlm")
         if config.target not in ("byol", "pixel"):
             raise UsageError(f"--target is {config.target!r}, not byol or pixel")
+        if config.vicreg not in ("multimodal", "projections"):
+            raise UsageError(f"options.vicreg is {config.vicreg!r}, not multimodal or projections")
         for name in ("image_mask", "text_mask"):
             if not 0 < getattr(config, name) < 1:
                 raise UsageError(f"options.{name} must be between 0 and 1")
@@ -125,6 +130,7 @@ class VicVLM(nn.Module):
             else predictor(context_width=width)
         )
         self.mlm_head = MLMHead(width, model.config.vocab_size)
+        self.projected = ProjectedVICReg(model) if config.vicreg == "projections" else None
         self.mask_id = tokenizer.mask_id
         special, continuation = token_kinds(tokenizer, model.config.vocab_size)
         self.register_buffer("special", special, persistent=False)
@@ -141,6 +147,8 @@ class VicVLM(nn.Module):
     ) -> Losses:
         """Raw losses named in ``active`` (ITC always), and the trivial value of each."""
         model, number = self.model, self.config.itm_negatives
+        if self.projected is not None:
+            self.projected.begin()
         image = model.encode_image(batch.image, batch.begun)
         text = model.encode_text(batch.input_ids, batch.attention_mask)
         contrasted = contrast(model, image, text, batch, cached)
@@ -150,6 +158,10 @@ class VicVLM(nn.Module):
         if "itm" in active:
             values["itm"], clean = match(model, image, text, contrasted, noise, number)
             trivial["itm"] = torch.tensor(losses.itm_base_rate(2 * number))
+        if self.projected is not None and not active.isdisjoint(TERMS):
+            terms, guesses = self.projected(active)
+            values, trivial = {**values, **terms}, {**trivial, **guesses}
+            active = active - set(TERMS)
         if active <= {"itc", "itm"}:
             return values, trivial
 
