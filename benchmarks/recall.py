@@ -51,8 +51,9 @@ def on_projections(**weights: float) -> tuple[str, ...]:
 
 
 ALONE = without(*OTHERS)
+SPREAD = {"variance": 0.5, "covariance": 0.02}  # the preset's
 PROJECTED: dict[str, dict[str, float]] = {
-    "vicreg": {"variance": 0.5, "covariance": 0.02},
+    "vicreg": SPREAD,
     "variance": {"variance": 0.5},
     "covariance": {"covariance": 0.02},
     "vicreg-strong": {"variance": 2.0, "covariance": 0.1},
@@ -68,8 +69,10 @@ ROWS: dict[str, tuple[str, ...]] = {
         f"itc+{name}": (*ALONE, f"pretrain.losses.{name}={{weight = {weight}, {LATE}}}")
         for name, weight in ADDED.items()
     },
-    "itc+vicreg": (
+    "itc+vicreg": (*ALONE, *(f"pretrain.losses.{name}.weight={w}" for name, w in SPREAD.items())),
+    "itc+vicreg-multimodal": (
         *ALONE,
+        'pretrain.options.vicreg="multimodal"',
         *(
             f"pretrain.losses.{name}={{weight = {weight}, {LATE}}}"
             for name, weight in zip(VICREG, (0.02, 0.002, 0.02), strict=True)
