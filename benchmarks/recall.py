@@ -51,6 +51,14 @@ def on_projections(**weights: float) -> tuple[str, ...]:
 
 
 ALONE = without(*OTHERS)
+# VICReg where VicVLM was published with it, late and with small weights.
+MULTIMODAL = (
+    'pretrain.options.vicreg="multimodal"',
+    *(
+        f"pretrain.losses.{name}={{weight = {weight}, {LATE}}}"
+        for name, weight in zip(VICREG, (0.02, 0.002, 0.02), strict=True)
+    ),
+)
 SPREAD = {"variance": 0.5, "covariance": 0.02}  # the preset's
 PROJECTED: dict[str, dict[str, float]] = {
     "vicreg": SPREAD,
@@ -60,7 +68,7 @@ PROJECTED: dict[str, dict[str, float]] = {
     "vicreg-weak": {"variance": 0.1, "covariance": 0.005},
     "vicreg-invariance": {"variance": 0.5, "covariance": 0.02, "invariance": 0.5},
 }
-SMALL_STEPS = ("pretrain.batch_size=64", "pretrain.frozen_blocks=6")
+SMALL_STEPS = (*MULTIMODAL, "pretrain.batch_size=64", "pretrain.frozen_blocks=6")
 # A row's settings of pretraining, laid over the preset for photographs; all of the budget goes to
 # pretraining.
 ROWS: dict[str, tuple[str, ...]] = {
@@ -70,28 +78,23 @@ ROWS: dict[str, tuple[str, ...]] = {
         for name, weight in ADDED.items()
     },
     "itc+vicreg": (*ALONE, *(f"pretrain.losses.{name}.weight={w}" for name, w in SPREAD.items())),
-    "itc+vicreg-multimodal": (
-        *ALONE,
-        'pretrain.options.vicreg="multimodal"',
-        *(
-            f"pretrain.losses.{name}={{weight = {weight}, {LATE}}}"
-            for name, weight in zip(VICREG, (0.02, 0.002, 0.02), strict=True)
-        ),
-    ),
+    "itc+vicreg-multimodal": (*ALONE, *MULTIMODAL),
     "vicvlm": (),
     **{f"vicvlm-{name}": without(name) for name in ADDED},
     "vicvlm-vicreg": without(*VICREG),
+    "vicvlm-multimodal": MULTIMODAL,
     # Without what makes it cheap: every loss on all rows of every step.
-    "vicvlm-all-rows": (
+    "vicvlm-multimodal-all-rows": (
+        *MULTIMODAL,
         "pretrain.options.masked_stride=1",
         *(f"pretrain.losses.{name}.every=1" for name in OTHERS),
     ),
     # Hidden patches stay in the image encoder as mask tokens.
-    "vicvlm-encode-hidden": ("pretrain.options.drop_hidden=false",),
+    "vicvlm-multimodal-encode-hidden": (*MULTIMODAL, "pretrain.options.drop_hidden=false"),
     # Levers, on ITC alone: what holds for it holds for every method that has it.
     **{f"itc-batch-{n}": (*ALONE, f"pretrain.batch_size={n}") for n in (64, 96)},
     **{f"itc-frozen-{n}": (*ALONE, f"pretrain.frozen_blocks={n}") for n in (3, 6)},
-    "itc-batch-64-frozen-6": (*ALONE, *SMALL_STEPS),
+    "itc-batch-64-frozen-6": (*ALONE, *SMALL_STEPS[-2:]),
     "vicvlm-batch-64-frozen-6": SMALL_STEPS,
     # Pictures of 96 and 128 pixels have 36 and 64 patches, those of 160 and 192 have 100 and 144.
     **{f"itc-size-{n}": (*ALONE, f"model.image_size={n}") for n in (96, 160, 192)},
