@@ -50,6 +50,11 @@ def on_projections(**weights: float) -> tuple[str, ...]:
     return ("pretrain.objective=clip", *terms)
 
 
+def cached(blocks: int) -> tuple[str, ...]:
+    """Settings of eight views of each picture through so many frozen blocks, beforehand."""
+    return (f"pretrain.frozen_blocks={blocks}", "pretrain.cached_views=8")
+
+
 ALONE = without(*OTHERS)
 # VICReg where VicVLM was published with it, late and with small weights.
 MULTIMODAL = (
@@ -114,11 +119,9 @@ ROWS: dict[str, tuple[str, ...]] = {
     "itc-final-lr-0": (*ALONE, "pretrain.final_lr=0"),
     # VICReg on the two projections themselves: it needs no pass of its own.
     **{f"clip+{name}": on_projections(**weights) for name, weights in PROJECTED.items()},
-    # Frozen blocks see eight views of each picture, once; the time for it is the run's.
-    **{
-        f"itc-cached-{n}": (*ALONE, f"pretrain.frozen_blocks={n}", "pretrain.cached_views=8")
-        for n in (3, 6, 9)
-    },
+    # The time that the frozen blocks take for their views is the run's.
+    **{f"itc-cached-{n}": (*ALONE, *cached(n)) for n in (3, 6, 9)},
+    **{f"clip+vicreg-cached-{n}": (*on_projections(**SPREAD), *cached(n)) for n in (3, 6, 9)},
 }
 
 
