@@ -100,7 +100,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     **{f"itc-batch-{n}": (*ALONE, f"pretrain.batch_size={n}") for n in (64, 96)},
     **{f"itc-frozen-{n}": (*ALONE, f"pretrain.frozen_blocks={n}") for n in (3, 6)},
     "itc-batch-64-frozen-6": (*ALONE, *SMALL_STEPS[-2:]),
-    "vicvlm-batch-64-frozen-6": SMALL_STEPS,
+    "vicvlm-multimodal-batch-64-frozen-6": SMALL_STEPS,
     # Pictures of 96 and 128 pixels have 36 and 64 patches, those of 160 and 192 have 100 and 144.
     **{f"itc-size-{n}": (*ALONE, f"model.image_size={n}") for n in (96, 160, 192)},
     "itc-eval-128": (*ALONE, "model.eval_image_scale=1"),

@@ -95,7 +95,9 @@ class TrainConfig:
     lr: float = 2.5e-4
     image_lr: float = 0.0  # 0: the same as lr
     frozen_blocks: int = 0  # lowest blocks of the image encoder that keep their weights
-    cached_views: int = 0  # of each picture, through the frozen blocks beforehand; 0: each anew
+    # Views of each picture that go through the frozen blocks beforehand, every second one mirrored;
+    # 0: each view anew.
+    cached_views: int = 0
     weight_decay: float = 0.01
     warmup: float = 0.05  # share of the run
     final_lr: float = 0.04  # share of the peak

@@ -95,6 +95,8 @@ def test_the_image_encoder_keeps_its_own_rate() -> None:
 
 def test_vicvlm_has_them_on_its_fused_features() -> None:
     assert not isinstance(make("vicvlm", predictor_width=32), WithVICReg)
+    with pytest.raises(UsageError, match="vicvlm has VICReg's terms itself, without an expander"):
+        make("vicvlm", vicreg="projections", expander=8)
     with pytest.raises(UsageError, match="options.vicreg is 'fused', not multimodal or projection"):
         make("vicvlm", vicreg="fused")
 

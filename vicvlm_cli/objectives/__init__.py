@@ -101,6 +101,11 @@ def create_objective(model: RetrievalModel, tokenizer: Tokenizer, config: TrainC
     beside = any(name not in objective.LOSSES for name in config.losses)
     options = dict(config.options)
     if "expander" in options and not beside:
+        if set(TERMS) <= set(objective.LOSSES):
+            raise UsageError(
+                f"{config.objective} has VICReg's terms itself, without an expander: leave "
+                "options.expander out"
+            )
         raise UsageError(
             f"options.expander is of VICReg's terms beside {config.objective}'s own losses: give "
             f"{', '.join(TERMS)} weights in losses, or leave it out"

@@ -91,12 +91,14 @@ def seed_modules(seed: int, step: int) -> None:
 class Noise:
     """Random numbers of one step, drawn for the global batch: each process takes its own rows.
 
-    So a row's masks and negatives do not depend on how many processes share the batch.
+    So a row's masks and negatives do not depend on how many processes share the batch. Numbers of
+    another ``stream`` have nothing to do with these.
     """
 
-    def __init__(self, seed: int, step: int, device: torch.device) -> None:
+    def __init__(self, seed: int, step: int, device: torch.device, stream: int = 0) -> None:
         # Mixed into one number: the CPU's generator looks at the low 32 bits only.
-        mixed = np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)
+        entropy = (seed, step, 0, stream) if stream else (seed, step)
+        mixed = np.random.SeedSequence(entropy).generate_state(1, np.uint64)
         self.generator = torch.Generator(device).manual_seed(int(mixed[0]))
         self.device = device
 

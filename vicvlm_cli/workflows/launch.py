@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -38,7 +39,10 @@ def join() -> None:
     """
     launched = int(os.environ.get("WORLD_SIZE") or 1)
     nothing_else = launched > 1 and not torch.cuda.is_available()
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or nothing_else)
+    # Some wait while one decodes pictures or encodes views, longer than torch's few minutes.
+    state = PartialState(
+        cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or nothing_else, timeout=timedelta(hours=12)
+    )
     if state.num_processes != launched:
         raise UserError(
             f"{launched} processes were launched and {state.num_processes} came together; on CPUs "

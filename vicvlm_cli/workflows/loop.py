@@ -18,6 +18,7 @@ from vicvlm_cli.data.batches import Batch, Plan, batches
 from vicvlm_cli.data.prepared import Split
 from vicvlm_cli.data.tokenizer import Tokenizer
 from vicvlm_cli.data.transforms import Draws, augmented
+from vicvlm_cli.errors import UserError
 from vicvlm_cli.objectives.ranks import Noise, seed_modules
 from vicvlm_cli.report.progress import Progress
 from vicvlm_cli.settings import DataConfig, TrainConfig
@@ -27,7 +28,7 @@ from vicvlm_cli.workflows.metrics import LOG_STEPS, Metrics
 from vicvlm_cli.workflows.profile import Recorder
 from vicvlm_cli.workflows.state import Position
 from vicvlm_cli.workflows.stopping import StopAtStep
-from vicvlm_cli.workflows.views import make_views
+from vicvlm_cli.workflows.views import Views, make_views
 
 T = TypeVar("T")
 # Never decayed: they are few, and their size means something (biases, norms, embeddings, scale).
@@ -112,8 +113,7 @@ def run_loop(
     rows = make_rows(accelerator, model, data, split, tokenizer, progress)
     checks = max(1, round(config.validate_every * plan.batches / config.step_batches))
     clock = clock_of(config)
-    began = last_flush = last_state = clock()
-    began -= position.seconds
+    began = clock() - position.seconds
     pairs_flushed = position.pairs
     per_batch = plan.batch_size * plan.world_size
     part = recorder.part
@@ -126,11 +126,23 @@ def run_loop(
         """Share of the run that is over; the same on every process."""
         share = position.step / steps
         if config.max_minutes > 0:
-            share = agreed(max(share, (clock() - began) / (60 * config.max_minutes)))
+            limit = 60 * config.max_minutes
+            # What was prepared takes of the time that there is, not of the schedule.
+            spent = (clock() - began - position.preparing) / max(limit - position.preparing, 1e-9)
+            share = agreed(max(share, spent))
         return min(share, 1.0)
 
-    resumed = position.step > 0
-    views = make_views(accelerator, model, rows, config, data, folder, resumed, progress)
+    views: Views | None = None
+    if config.cached_views:
+        before, resumed = clock(), position.step > 0
+        views = make_views(accelerator, model, rows, config, data, folder, resumed, progress)
+        position.preparing += agreed(clock() - before)
+        if 0 < 60 * config.max_minutes <= position.preparing:
+            raise UserError(
+                f"the views took {position.preparing / 60:.1f} minutes, and max_minutes is "
+                f"{config.max_minutes:g}: raise it, or lower cached_views"
+            )
+    last_flush = last_state = clock()
 
     def ready(batch: Batch, number: int) -> tuple[Batch, Noise]:
         """The run's ``number``-th batch on the device and augmented, and its noise."""
@@ -138,11 +150,10 @@ def run_loop(
         if config.caches_contrast:  # it comes twice, to the same dropout
             seed_modules(config.seed, number)
         with part("augment"):
+            if views is not None:
+                return views.choose(batch, number, accelerator.device), noise
             batch = batch.to(accelerator.device)
-            if views is None:
-                batch.image = augment(batch, model.config.image_size, data, noise)
-            else:
-                views.choose(batch, noise)
+            batch.image = augment(batch, model.config.image_size, data, noise)
         return batch, noise
 
     def first_pass(*arguments: Any) -> None:

@@ -87,8 +87,9 @@ class Session:
                 self._keep(kept, _weights_of(row))
             weights = _weights_of(row) if row else RerankWeights()
             shutil.rmtree(self.job.run / "state", ignore_errors=True)
-            drop_views(self.job.run)
         self.accelerator.wait_for_everyone()
+        if self.accelerator.is_local_main_process:  # each machine has its own
+            drop_views(self.job.run)
         return RerankWeights(*broadcast_object_list([tuple(weights)])[0])
 
     @property

@@ -20,6 +20,7 @@ class Position:
 
     step: int = 0
     seconds: float = 0.0
+    preparing: float = 0.0  # of the seconds, those before the first step
     pairs: int = 0
     validation: list[dict[str, Any]] = field(default_factory=list)
     losses: dict[str, Any] = field(default_factory=dict)

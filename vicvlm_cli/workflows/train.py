@@ -35,6 +35,7 @@ from vicvlm_cli.workflows.metrics import LossRow, Metrics, summary_dicts
 from vicvlm_cli.workflows.profile import Recorder, trace_file
 from vicvlm_cli.workflows.session import Job, Session
 from vicvlm_cli.workflows.state import Position, find_run_state
+from vicvlm_cli.workflows.views import check_views, drop_views
 
 PRESET_OF_SOURCE = {
     "scenes": "vicvlm-tiny",
@@ -208,6 +209,7 @@ def _train(
         accelerator.num_processes,
         data.more_captions,
     )
+    check_views(job.model, config)
     job.model.image_encoder.freeze(config.frozen_blocks)
     objective = create_objective(job.model, job.tokenizer, config)
     groups = parameter_groups(objective, config)
@@ -227,23 +229,28 @@ def _train(
     recorder = Recorder(
         trace if accelerator.is_main_process else None, accelerator.device, progress
     )
-    run_loop(
-        accelerator,
-        objective,
-        optimizer,
-        config=config,
-        data=data,
-        split=split,
-        tokenizer=job.tokenizer,
-        plan=plan,
-        position=job.position,
-        folder=job.run,
-        metrics=metrics,
-        validate=session.validate,
-        save_state=session.save_state,
-        recorder=recorder,
-        progress=progress,
-    )
+    try:
+        run_loop(
+            accelerator,
+            objective,
+            optimizer,
+            config=config,
+            data=data,
+            split=split,
+            tokenizer=job.tokenizer,
+            plan=plan,
+            position=job.position,
+            folder=job.run,
+            metrics=metrics,
+            validate=session.validate,
+            save_state=session.save_state,
+            recorder=recorder,
+            progress=progress,
+        )
+    except BaseException:
+        if accelerator.is_local_main_process and find_run_state(job.run) is None:
+            drop_views(job.run)  # nothing goes on from here
+        raise
     rerank_weights = session.finish()
     accelerator.end_training()
     rows = job.position.validation

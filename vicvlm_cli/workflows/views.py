@@ -8,6 +8,7 @@ blocks do. All else that a step does with a picture (masks, an EMA target) is gi
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,8 @@ from vicvlm_cli.settings import DataConfig, TrainConfig
 
 FILE_NAME = "views.npy"
 BLOCK = 128  # views at a time through the encoder
-STREAM = 1  # of the seed's random numbers: 0 is that of the epochs' order
+STREAM = 1  # of the random numbers that choose a step's views
+CPU = torch.device("cpu")
 
 
 class Views:
@@ -36,8 +38,8 @@ class Views:
     """
 
     def __init__(self, pictures: int, number: int, size: int, data: DataConfig, seed: int) -> None:
-        self.number, self.size, self.data = number, size, data
-        rng = np.random.default_rng((STREAM, seed))
+        self.number, self.size, self.data, self.seed = number, size, data, seed
+        rng = np.random.default_rng((seed, 0, STREAM))
         self.draws = torch.from_numpy(rng.random((pictures, number, 7), dtype=np.float32))
         self.tokens: np.ndarray | None = (
             None  # int16 [pictures, number, prefix + N, D]: bf16's bits
@@ -52,38 +54,31 @@ class Views:
         flip = ((view % 2 == 1) & self.data.flip).to(image.device)
         return augmented(image, self.size, self.data, Draws(flip, draws[:, :4], draws[:, 4:]))
 
-    def choose(self, batch: Batch, noise: Noise) -> None:
-        """Give each picture of ``batch`` one of its views, ``image`` and ``begun``."""
+    def choose(self, batch: Batch, step: int, device: torch.device) -> Batch:
+        """``batch``, as the loader gave it, on ``device`` with a view of each picture.
+
+        ``image`` is the view and ``begun`` what the frozen blocks made of it.
+        """
         assert self.tokens is not None
-        picture = batch.image_id.cpu()
-        view = (noise.rand(len(picture)).cpu() * self.number).long()
-        view -= (view % 2) * ~batch.flip_ok.cpu()
+        picture = batch.image_id
+        draw = Noise(self.seed, step, CPU, STREAM).rand(len(picture))
+        view = (draw * self.number).long()
+        if self.data.flip:
+            view -= (view % 2) * ~batch.flip_ok
         bits = torch.from_numpy(self.tokens[picture.numpy(), view.numpy()])
-        batch.begun = bits.view(torch.bfloat16).to(batch.image.device)
+        batch = replace(batch, begun=bits.view(torch.bfloat16)).to(device)
         batch.image = self.pixels(batch.image, picture, view)
+        return batch
 
 
-def make_views(
-    accelerator: Accelerator,
-    model: RetrievalModel,
-    rows: Rows,
-    config: TrainConfig,
-    data: DataConfig,
-    folder: Path,
-    resumed: bool,
-    progress: Progress,
-) -> Views | None:
-    """The views that ``cached_views`` asks for, in a file of ``folder``; None if it asks for none.
-
-    A run that is ``resumed`` finds its file again.
+def check_views(model: RetrievalModel, config: TrainConfig) -> None:
+    """Refuse ``cached_views`` where there is nothing to keep.
 
     Raises:
         UsageError: no block is frozen, or the model has no image encoder of its own.
-        UserError: there is no room for the file.
     """
-    number = config.cached_views
-    if not number:
-        return None
+    if not config.cached_views:
+        return
     if not config.frozen_blocks:
         raise UsageError(
             "cached_views keeps what frozen blocks make of pictures, and no block is frozen: set "
@@ -94,13 +89,33 @@ def make_views(
             f"{config.objective} reads words and patches together from the first block on: set "
             "cached_views to 0"
         )
-    encoder = model.image_encoder
+
+
+def make_views(
+    accelerator: Accelerator,
+    model: VLM,
+    rows: Rows,
+    config: TrainConfig,
+    data: DataConfig,
+    folder: Path,
+    resumed: bool,
+    progress: Progress,
+) -> Views:
+    """The views that ``cached_views`` asks for, in a file of ``folder``.
+
+    A run that is ``resumed`` finds its file again.
+
+    Raises:
+        UserError: there is no room for the file.
+    """
+    encoder, number = model.image_encoder, config.cached_views
     views = Views(len(rows.split), number, model.config.image_size, data, config.seed)
-    tokens = encoder.prefix + encoder.num_patches
-    shape = (len(rows.split), number, tokens, encoder.width)
+    shape = (len(rows.split), number, encoder.prefix + encoder.num_patches, encoder.width)
     path = folder / FILE_NAME
     kept = read_array(path, "<i2", shape) if resumed else None
     if accelerator.is_local_main_process and kept is None:
+        folder.mkdir(parents=True, exist_ok=True)  # on every machine
+        drop_views(folder)
         size = np.prod(shape, dtype=np.int64) * 2 / 1e9
         progress.say(
             f"{number} views of each picture go through {config.frozen_blocks} frozen blocks first "
@@ -120,8 +135,9 @@ def make_views(
 
 
 def drop_views(folder: Path) -> None:
-    """Give back the room."""
-    (folder / FILE_NAME).unlink(missing_ok=True)
+    """Give back the room, also that of a process that was killed while it wrote."""
+    for file in folder.glob(f"{FILE_NAME}*"):
+        file.unlink(missing_ok=True)
 
 
 def _encoded(
