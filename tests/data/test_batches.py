@@ -239,5 +239,7 @@ def test_a_batch_moves_as_a_whole() -> None:
     moved = batch.to(torch.device("meta"))
     assert isinstance(moved, Batch)
     assert {x.device.type for x in moved.__dict__.values() if x is not None} == {"meta"}
-    more = next(batches(make_rows(), plan(more=1))).to(torch.device("meta"))
+    full = next(batches(make_rows(), plan(more=1)))
+    full.begun = torch.zeros(len(full.image), 5, 4)
+    more = full.to(torch.device("meta"))
     assert {x.device.type for x in more.__dict__.values()} == {"meta"}

@@ -113,7 +113,8 @@ def run_loop(
     rows = make_rows(accelerator, model, data, split, tokenizer, progress)
     checks = max(1, round(config.validate_every * plan.batches / config.step_batches))
     clock = clock_of(config)
-    began = clock() - position.seconds
+    began = last_flush = last_state = clock()
+    began -= position.seconds
     pairs_flushed = position.pairs
     per_batch = plan.batch_size * plan.world_size
     part = recorder.part
@@ -142,7 +143,7 @@ def run_loop(
                 f"the views took {position.preparing / 60:.1f} minutes, and max_minutes is "
                 f"{config.max_minutes:g}: raise it, or lower cached_views"
             )
-    last_flush = last_state = clock()
+        last_flush = last_state = clock()
 
     def ready(batch: Batch, number: int) -> tuple[Batch, Noise]:
         """The run's ``number``-th batch on the device and augmented, and its noise."""
