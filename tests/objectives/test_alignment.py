@@ -14,6 +14,7 @@ from vicvlm_cli.model.fusion import FUSIONS
 from vicvlm_cli.model.vlm import VLM, Encoded
 from vicvlm_cli.objectives import losses
 from vicvlm_cli.objectives.alignment import clamp_temperature, contrast, match
+from vicvlm_cli.objectives.negatives import hard_negatives
 from vicvlm_cli.objectives.ranks import Noise
 
 CPU = torch.device("cpu")
@@ -60,8 +61,8 @@ def slow_match(
     """Every pair scored alone, without a batch."""
     noise, rows = Noise(3, 5, CPU), len(ids)
     same = ids[:, None] == ids[None, :]
-    wrong_text = losses.hard_negatives(similarity, same, noise.rand(rows, rows), number)
-    wrong_image = losses.hard_negatives(similarity.T, same, noise.rand(rows, rows), number)
+    wrong_text = hard_negatives(similarity, same, noise.rand(rows, rows), number)
+    wrong_image = hard_negatives(similarity.T, same, noise.rand(rows, rows), number)
     assert text.mask is not None
 
     def score(i: int, t: int) -> Tensor:

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from vicvlm_cli.errors import UserError
 from vicvlm_cli.objectives import losses
 
 
@@ -245,44 +244,6 @@ def test_invariance() -> None:
     agree(losses.invariance, slow, randn(5, 3), randn(5, 3, seed=1))
 
 
-def test_standardized_patches() -> None:
-    x = randn(2, 6, 3) * torch.tensor([0.1, 1.0, 5.0]) + 3
-    got = losses.standardize_patches(x)
-    for b in range(2):
-        for d in range(3):
-            channel = x[b, :, d].double()
-            mean = channel.sum() / 6
-            var = ((channel - mean) ** 2).sum() / 6
-            expected = (channel - mean) / (var + 1e-5).sqrt()
-            torch.testing.assert_close(got[b, :, d].double(), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_patches_come_in_the_order_of_the_patch_embedding() -> None:
-    image = randn(2, 3, 8, 12)
-    patches = losses.patchify(image, (2, 3))
-    assert patches.shape == (2, 6, 48)
-    # A convolution that copies one pixel of each patch, as the patch embedding is one.
-    for channel, y, x in itertools.product(range(3), range(4), range(4)):
-        kernel = torch.zeros(1, 3, 4, 4)
-        kernel[0, channel, y, x] = 1
-        picked = torch.conv2d(image, kernel, stride=4).flatten(1)  # [B, N]
-        torch.testing.assert_close(patches[:, :, channel * 16 + y * 4 + x], picked)
-
-
-def test_normalised_pixels() -> None:
-    image = randn(2, 3, 8, 8) * 40 + 100
-    pixels = losses.normalized_pixels(image, (2, 2))
-    raw = losses.patchify(image, (2, 2))
-    for b, n in itertools.product(range(2), range(4)):
-        patch = raw[b, n].double()
-        mean = patch.sum() / len(patch)
-        var = ((patch - mean) ** 2).sum() / len(patch)
-        expected = (patch - mean) / (var + 1e-6).sqrt()
-        torch.testing.assert_close(pixels[b, n].double(), expected, rtol=1e-4, atol=1e-5)
-    flat = losses.normalized_pixels(torch.full((1, 3, 8, 8), 7.0), (2, 2))
-    assert not flat.any()  # a patch of one colour: zero, not NaN
-
-
 def test_the_trivial_guess_for_masked_patches() -> None:
     target, masked = randn(3, 4, 2), torch.tensor([[0, 3], [1, 2], [0, 1]])
 
@@ -304,66 +265,3 @@ def test_the_trivial_guess_for_masked_patches() -> None:
     noise, all_patches = randn(400, 8, 16), torch.arange(8).expand(400, 8)
     assert float(losses.mim_trivial(noise, all_patches)) == pytest.approx(1 - 1 / 8, rel=0.02)
     assert float(losses.mim_trivial(target[:1], masked[:1])) == pytest.approx(0, abs=1e-10)
-
-
-def draw(similarity: Tensor, excluded: Tensor, rows: int, number: int = 1) -> Tensor:
-    """``rows`` independent draws from one row of similarities."""
-    noise = torch.rand(rows, len(similarity), generator=torch.Generator().manual_seed(0))
-    return losses.hard_negatives(
-        similarity.expand(rows, -1), excluded.expand(rows, -1), noise, number
-    )
-
-
-def chi_square(observed: Tensor, expected: Tensor) -> float:
-    return float(((observed - expected) ** 2 / expected).sum())
-
-
-def test_hard_negatives_follow_the_softmax() -> None:
-    similarity = torch.tensor([2.0, 0.5, -1.0, 4.0, 1.0, 0.0])
-    excluded = torch.tensor([False, False, False, True, False, False])
-    rows = 20_000
-    picked = draw(similarity, excluded, rows)[:, 0]
-    observed = picked.bincount(minlength=6).double()
-    assert float(observed[3]) == 0  # the most similar of all, but the row's own
-    allowed = ~excluded
-    expected = rows * similarity[allowed].double().softmax(0)
-    assert chi_square(observed[allowed], expected) < 23.5  # 4 degrees of freedom, p = 1e-4
-
-
-def test_several_negatives_are_drawn_without_replacement() -> None:
-    similarity = torch.tensor([1.0, 0.0, 2.0, -1.0])
-    excluded = torch.tensor([False, False, False, False])
-    rows = 20_000
-    picked = draw(similarity, excluded, rows, number=2)
-    assert bool((picked[:, 0] != picked[:, 1]).all())
-    p = similarity.double().softmax(0)
-    pairs = list(itertools.permutations(range(4), 2))
-    expected = torch.stack([p[i] * p[j] / (1 - p[i]) for i, j in pairs]) * rows
-    codes = (picked[:, 0] * 4 + picked[:, 1]).bincount(minlength=16).double()
-    observed = torch.stack([codes[4 * i + j] for i, j in pairs])
-    assert chi_square(observed, expected) < 35.6  # 11 degrees of freedom, p = 2e-4
-
-
-def test_hard_negatives_are_never_the_rows_own_picture() -> None:
-    ids = torch.tensor([0, 0, 1, 2, 2, 2])
-    same = ids[:, None] == ids[None, :]
-    similarity = 30.0 * same  # its own captions look by far the best
-    for seed in range(50):
-        noise = torch.rand(6, 6, generator=torch.Generator().manual_seed(seed))
-        picked = losses.hard_negatives(similarity, same, noise, 3)
-        assert picked.shape == (6, 3)
-        assert not bool(same.gather(1, picked).any())
-
-
-@pytest.mark.parametrize("value", [0.0, 1 - 2**-24])
-def test_the_ends_of_the_noise_are_no_trouble(value: float) -> None:
-    picked = losses.hard_negatives(
-        torch.zeros(1, 3), torch.tensor([[True, False, False]]), torch.full((1, 3), value), 2
-    )
-    assert sorted(picked[0].tolist()) == [1, 2]
-
-
-def test_a_batch_with_too_few_pictures_is_refused() -> None:
-    same = torch.tensor([[True, True], [True, True]])
-    with pytest.raises(UserError, match="too few other pictures to draw 1 hard negatives"):
-        losses.hard_negatives(torch.zeros(2, 2), same, torch.rand(2, 2), 1)

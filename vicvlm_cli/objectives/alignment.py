@@ -14,6 +14,7 @@ from vicvlm_cli.errors import UsageError
 from vicvlm_cli.model.vlm import VLM, Encoded, RetrievalModel
 from vicvlm_cli.objectives import losses
 from vicvlm_cli.objectives.cached import Cached
+from vicvlm_cli.objectives.negatives import hard_negatives
 from vicvlm_cli.objectives.ranks import Noise, gather, gather_padded, rank, world_size
 
 
@@ -99,8 +100,8 @@ def match(
     total = len(contrasted.image_id)
     same = contrasted.image_id[mine, None] == contrasted.image_id[None, :]  # [B, G]
     similarity = contrasted.similarity
-    wrong_text = losses.hard_negatives(similarity[mine], same, noise.rand(rows, total), number)
-    wrong_image = losses.hard_negatives(similarity.T[mine], same, noise.rand(rows, total), number)
+    wrong_text = hard_negatives(similarity[mine], same, noise.rand(rows, total), number)
+    wrong_image = hard_negatives(similarity.T[mine], same, noise.rand(rows, total), number)
 
     # Rows of the global batch: B matched pairs, B * number wrong captions, as many wrong pictures.
     own = torch.arange(mine.start, mine.stop, device=similarity.device)

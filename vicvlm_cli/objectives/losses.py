@@ -8,8 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vicvlm_cli.errors import UserError
-
 
 def itc(similarity: Tensor, image_id: Tensor) -> Tensor:
     """Symmetric InfoNCE over a batch (CLIP, arXiv 2103.00020, fig. 3).
@@ -94,27 +92,6 @@ def kd(logits: Tensor, image_id: Tensor, candidate_id: Tensor) -> Tensor:
     return F.cross_entropy(logits.masked_fill(same, float("-inf")), own)
 
 
-def hard_negatives(similarity: Tensor, excluded: Tensor, noise: Tensor, number: int) -> Tensor:
-    """Columns drawn without replacement from each row's softmax (ALBEF, sec. 3.2), [R, number].
-
-    Args:
-        similarity: [R, C] logits.
-        excluded: bool [R, C], the columns of the row's own picture.
-        noise: uniform [R, C] in [0, 1): the Gumbel-top-k trick makes it a draw.
-
-    Raises:
-        UserError: a row has fewer than ``number`` columns to draw from.
-    """
-    if int((~excluded).sum(dim=1).min()) < number:
-        raise UserError(
-            f"a batch holds too few other pictures to draw {number} hard negatives from: raise "
-            "--batch-size"
-        )
-    gumbel = -torch.log(-torch.log(noise.clamp(1e-9, 1 - 1e-7)))
-    scores = (similarity.detach().float() + gumbel).masked_fill(excluded, float("-inf"))
-    return scores.topk(number, dim=1).indices
-
-
 def itm(positive: Tensor, negative: Tensor) -> Tensor:
     """Binary cross entropy of matched [P] and mismatched [Q] log-odds, mean over all P + Q."""
     logits = torch.cat([positive, negative])
@@ -136,30 +113,6 @@ def mlm_sum(logits: Tensor, target: Tensor) -> Tensor:
 def mim_sum(prediction: Tensor, target: Tensor) -> Tensor:
     """Squared error [B, M, D] at masked positions, mean over D, summed over B and M (L2)."""
     return (prediction.float() - target).square().mean(dim=-1).sum()
-
-
-def standardize_patches(x: Tensor, eps: float = 1e-5) -> Tensor:
-    """Each channel of [B, N, D] to mean 0 and variance 1 over the patches of its own picture.
-
-    The instance normalisation of data2vec 2.0 targets (arXiv 2212.07525, sec. 3.2): what all
-    patches of a picture share is gone, so that it cannot be what a predictor learns.
-    """
-    x = x.float()
-    return (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True, unbiased=False) + eps).sqrt()
-
-
-def patchify(image: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Pixels [B, 3, H, W] by patch, [B, N, 3 * p * q], in the order of the patch embedding."""
-    b, c, height, width = image.shape
-    p, q = height // grid[0], width // grid[1]
-    x = image.reshape(b, c, grid[0], p, grid[1], q).permute(0, 2, 4, 1, 3, 5)
-    return x.reshape(b, grid[0] * grid[1], c * p * q)  # [B, N, C * p * q]
-
-
-def normalized_pixels(image: Tensor, grid: tuple[int, int], eps: float = 1e-6) -> Tensor:
-    """Pixels by patch, each patch at mean 0 and variance 1 (MAE, arXiv 2111.06377, sec. 3)."""
-    x = patchify(image.float(), grid)
-    return (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + eps).sqrt()
 
 
 def mim_trivial(target: Tensor, masked: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from vicvlm_cli.data.tokenizer import Tokenizer
 from vicvlm_cli.errors import UsageError
 from vicvlm_cli.model.attention import take
 from vicvlm_cli.model.vlm import VLM, Encoded
-from vicvlm_cli.objectives import losses
+from vicvlm_cli.objectives import losses, targets
 from vicvlm_cli.objectives.alignment import clamp_temperature, contrast, match, require_matching
 from vicvlm_cli.objectives.cached import Cached
 from vicvlm_cli.objectives.heads import MLMHead
@@ -220,7 +220,7 @@ class MAMO(nn.Module):
         else:
             # What all patches of a picture share goes: it is most of what a ViT's patches are, and
             # predicting it is no task. Layer normalisation would leave it in.
-            target = losses.standardize_patches(visual)
+            target = targets.standardize_patches(visual)
         total = losses.l1_sum(guess, take(target, masked))
         trivial = losses.l1_trivial(target, masked)
         return channels * global_mean(total, masked.numel()), channels * trivial

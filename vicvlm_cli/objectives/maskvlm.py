@@ -14,7 +14,7 @@ from vicvlm_cli.data.tokenizer import Tokenizer
 from vicvlm_cli.errors import UsageError
 from vicvlm_cli.model.fusion import CoAttentionFusion
 from vicvlm_cli.model.vlm import VLM, Encoded
-from vicvlm_cli.objectives import losses
+from vicvlm_cli.objectives import losses, targets
 from vicvlm_cli.objectives.alignment import clamp_temperature, contrast, match, require_matching
 from vicvlm_cli.objectives.cached import Cached
 from vicvlm_cli.objectives.heads import CrossAttentionPatchHead, MLMHead
@@ -129,7 +129,7 @@ class MaskVLM(nn.Module):
         assert fused.image is not None
         guess = self.mim_head(fused.image, encoder.prefix + masked, fused.text, text.mask)
         # Colours as they are, not each patch's own contrast: the caption names them.
-        target = losses.patchify(pixels, encoder.grid)  # [B, N, 3 * p * p]
+        target = targets.patchify(pixels, encoder.grid)  # [B, N, 3 * p * p]
         index = masked.unsqueeze(-1).expand(-1, -1, target.shape[-1])
         total = losses.l1_sum(guess, target.gather(1, index))
         return global_mean(total, masked.numel()), losses.l1_trivial(target, masked)

@@ -18,7 +18,7 @@ from vicvlm_cli.data.tokenizer import Tokenizer
 from vicvlm_cli.errors import UsageError
 from vicvlm_cli.model.attention import take
 from vicvlm_cli.model.vlm import VLM, Encoded
-from vicvlm_cli.objectives import losses
+from vicvlm_cli.objectives import losses, targets
 from vicvlm_cli.objectives.alignment import clamp_temperature, contrast, match, require_matching
 from vicvlm_cli.objectives.cached import Cached
 from vicvlm_cli.objectives.heads import JointPatchHead, MLMHead, PatchPredictor
@@ -216,10 +216,10 @@ class VicVLM(nn.Module):
         keep, masked = mask_patches(draw, encoder.grid, cfg.mask_block, cfg.image_mask)
         with torch.no_grad():
             if self.target is None:
-                target = losses.normalized_pixels(pixels, encoder.grid)
+                target = targets.normalized_pixels(pixels, encoder.grid)
             else:
                 tokens = self.target.module(pixels, begun=batch.begun)
-                target = losses.standardize_patches(tokens[:, encoder.prefix :])
+                target = targets.standardize_patches(tokens[:, encoder.prefix :])
         if self.mask_token is None:
             return _MaskedImage(encoder(pixels, keep), keep, masked, target)
         everywhere = torch.arange(encoder.num_patches, device=draw.device).expand(len(draw), -1)

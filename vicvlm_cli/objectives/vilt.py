@@ -20,6 +20,7 @@ from vicvlm_cli.objectives.alignment import clamp_temperature, contrast
 from vicvlm_cli.objectives.cached import Cached
 from vicvlm_cli.objectives.heads import MLMHead
 from vicvlm_cli.objectives.masked_language import hide_words, token_kinds, word_loss
+from vicvlm_cli.objectives.negatives import hard_negatives
 from vicvlm_cli.objectives.ranks import Noise, gather, gather_padded, rank
 from vicvlm_cli.objectives.retrieval import Losses
 from vicvlm_cli.objectives.transport import alignment_distance
@@ -129,7 +130,7 @@ def match_half(
     mine = slice(rank() * rows, (rank() + 1) * rows)
     same = image_id[mine, None] == image_id[None, :]  # [B, G]
     alike = torch.zeros(same.shape, device=same.device)
-    other = losses.hard_negatives(alike, same, noise.rand(rows, total), 1)[:, 0]
+    other = hard_negatives(alike, same, noise.rand(rows, total), 1)[:, 0]
     place = gather(noise.rand(rows)).argsort().argsort()[mine]
     replaced = place < total // 2
     own = torch.arange(mine.start, mine.stop, device=other.device)
@@ -203,7 +204,7 @@ class ViLTRanking(nn.Module):
         same = image_id[:, None] == image_id[None, :]  # [G, G]
         number = max(1, min(self.config.negatives, int((~same).sum(1).min())))
         alike = torch.zeros(rows, total, device=same.device)
-        wrong = losses.hard_negatives(alike, same[mine], noise.rand(rows, total), number)
+        wrong = hard_negatives(alike, same[mine], noise.rand(rows, total), number)
         own = torch.arange(mine.start, mine.stop, device=wrong.device)
         texts = torch.cat([own[:, None], wrong], dim=1).flatten()  # [B * (1 + number)]
         stream = self.model.run(

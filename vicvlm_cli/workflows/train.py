@@ -12,9 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import (
-    set_seed,
-)
+from accelerate.utils import set_seed
 
 from vicvlm_cli import config as configs
 from vicvlm_cli.checkpoint import load_model

@@ -41,9 +41,8 @@ class Views:
         self.number, self.size, self.data, self.seed = number, size, data, seed
         rng = np.random.default_rng((seed, 0, STREAM))
         self.draws = torch.from_numpy(rng.random((pictures, number, 7), dtype=np.float32))
-        self.tokens: np.ndarray | None = (
-            None  # int16 [pictures, number, prefix + N, D]: bf16's bits
-        )
+        # int16 [pictures, number, prefix + N, D], the bits of bfloat16.
+        self.tokens: np.ndarray | None = None
 
     def pixels(self, image: Tensor, picture: Tensor, view: Tensor) -> Tensor:
         """float [B, 3, size, size], those views of ``image`` uint8 [B, 3, H, W] on any device.
