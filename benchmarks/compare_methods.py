@@ -21,7 +21,7 @@ from typing import Annotated, NamedTuple
 
 import typer
 from comparison import draw, final_table, read_runs, shared_table  # beside this file
-from trainings import Run, Unfinished, advance, write_whole
+from trainings import Run, Unfinished, advance
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
@@ -92,7 +92,7 @@ def run(
     piece: Annotated[float, typer.Option(help="Minutes of this call; 0: to the end.")] = 0.0,
 ) -> None:
     """Train, fine-tune, evaluate and count the operations of what has not been done yet."""
-    from flops import gflop_per_pair  # imports torch, which a report does without
+    from flops import note_gflop  # imports torch, which a report does without
 
     until = time.monotonic() + 60 * piece if piece else math.inf
     names = methods.split(",")
@@ -136,10 +136,8 @@ def run(
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(one, wanted))
     for each in wanted[: len(names)]:
-        file = out / "flops" / f"{each.name}.json"
-        if not file.exists() and time.monotonic() < until:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(file, {"gflop_per_pair": gflop_per_pair(data, preset, each.pretrain)})
+        if time.monotonic() < until:
+            note_gflop(out / "flops" / f"{each.name}.json", data, preset, each.pretrain)
 
 
 @app.command()

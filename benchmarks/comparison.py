@@ -11,16 +11,18 @@ from typing import Any
 
 Result = dict[str, Any]
 WAYS = ("image_retrieval", "text_retrieval")
+KS = ("r1", "r5", "r10")
 SHARES = (0.25, 0.5, 1.0)  # of the time or the pairs that all runs have had
 
 
 def read_runs(folder: Path, order: Iterable[str]) -> dict[str, list[Result]]:
-    """The runs in ``folder`` by method, in the order given."""
+    """The runs in ``folder`` by name: those in ``order`` first."""
     found: dict[str, list[Result]] = {}
     for file in sorted(folder.glob("*.json")):
         one: Result = json.loads(file.read_text("utf-8"))
         found.setdefault(one["name"], []).append(one)
-    return {name: found[name] for name in order if name in found}
+    known = [name for name in order if name in found]
+    return {name: found[name] for name in dict.fromkeys([*known, *sorted(found)])}
 
 
 def final_table(runs: dict[str, list[Result]], flops: Path) -> str:
@@ -41,23 +43,35 @@ def final_table(runs: dict[str, list[Result]], flops: Path) -> str:
         shortlist = alone(results[0]["evaluate"])
         cells = [name, str(len(results))]
         for kind in ("dual", "reranked"):
-            for way in WAYS:
-                tables = [r["evaluate"][kind] for r in results]
-                words = "-"
-                if all(tables):
-                    keys = ("r1", "r5", "r10")
-                    words = " / ".join(spread([t[way][k] for t in tables]) for k in keys)
-                cells.append(words + "*" * (shortlist and kind == "dual"))
+            mark = "*" * (shortlist and kind == "dual")
+            cells += [recalls(results, kind, way) + mark for way in WAYS]
         cells.append(f"{mean(r['pretrain']['pairs_per_second'] for r in results):.0f}")
-        file = flops / f"{name}.json"
-        known = file.exists()
-        cells.append(f"{json.loads(file.read_text())['gflop_per_pair']:.3g}" if known else "-")
+        cells.append(noted_gflop(flops / f"{name}.json"))
         cells.append(f"{max(r['pretrain']['peak_mb'] for r in results):,}")
         rows.append(cells)
     text = table(titles, rows)
     if any(alone(results[0]["evaluate"]) for results in runs.values()):
         text += "\n\n\\* the shortlist, which is no way of the method's own to score"
     return text
+
+
+def recalls(results: list[Result], kind: str, way: str) -> str:
+    """R@1 / 5 / 10 of one way; ``kind``: ``dual`` or ``reranked``, a dash where there is none."""
+    tables = [r["evaluate"][kind] for r in results]
+    return " / ".join(spread([t[way][k] for t in tables]) for k in KS) if all(tables) else "-"
+
+
+def rsum(results: list[Result], kind: str) -> str:
+    """The sum of the six recalls, or a dash; arguments as :func:`recalls`."""
+    tables = [r["evaluate"][kind] for r in results]
+    if not all(tables):
+        return "-"
+    return spread([sum(t[way][k] for way in WAYS for k in KS) for t in tables])
+
+
+def noted_gflop(file: Path) -> str:
+    """What :func:`flops.note_gflop` kept in ``file``; a dash if there is nothing."""
+    return f"{json.loads(file.read_text('utf-8'))['gflop_per_pair']:.3g}" if file.exists() else "-"
 
 
 def shared_table(runs: dict[str, list[Result]], against: str) -> str:

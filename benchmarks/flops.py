@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from trainings import write_whole  # beside this file
 
 from vicvlm_cli.config import load_config
 from vicvlm_cli.data.batches import Plan, Rows, batches, load_size
@@ -21,6 +22,13 @@ from vicvlm_cli.workflows.loop import augment
 from vicvlm_cli.workflows.train import DEFAULT_PRESET, PRESET_OF_SOURCE
 
 STEPS = 1000  # of an imagined run, whose schedule is averaged over
+
+
+def note_gflop(file: Path, data: Path, preset: str | None, settings: tuple[str, ...]) -> None:
+    """Keep :func:`gflop_per_pair` in ``file``, if it is not there yet."""
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, {"gflop_per_pair": gflop_per_pair(data, preset, settings)})
 
 
 def gflop_per_pair(data: Path, preset: str | None, settings: tuple[str, ...]) -> float:

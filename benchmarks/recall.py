@@ -13,21 +13,22 @@ call goes on.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from statistics import mean, stdev
-from typing import Annotated, Any
+from statistics import mean
+from typing import Annotated
 
 import typer
+from comparison import WAYS, noted_gflop, read_runs, recalls, rsum, table  # beside this file
 from trainings import Run, Unfinished, advance
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
 MINUTES = {"XS": 12.0, "S": 30.0, "L": 60.0}
 RESULTS = Path(__file__).parent / "results" / "recall"
+PRESET = "vicvlm-tiny-photos"
 WORK = Path("runs") / "recall"
 
 MATCHING = ("itm",)
@@ -145,6 +146,8 @@ def run(
     piece: Annotated[float, typer.Option(help="Minutes of this call; 0: to the end.")] = 0.0,
 ) -> None:
     """Train and measure what has not been measured yet."""
+    from flops import note_gflop  # imports torch, which a report does without
+
     until = time.monotonic() + 60 * piece if piece else math.inf
     runs = []
     for word in row:
@@ -161,7 +164,7 @@ def run(
                 tune=0.0,
                 validate_every=4.0,
                 pretrain=chosen,
-                options=("--preset", "vicvlm-tiny-photos", "--image-weights", str(weights)),
+                options=("--preset", PRESET, "--image-weights", str(weights)),
             )
         )
 
@@ -174,45 +177,34 @@ def run(
 
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(one, runs))
+    for each in runs:
+        if time.monotonic() < until:
+            settings = (*each.pretrain, 'model.image_weights=""')
+            note_gflop(RESULTS / "flops" / f"{each.name}.json", data, PRESET, settings)
 
 
 @app.command()
 def report(budget: Annotated[str, typer.Option(help="XS, S or L.")] = "S") -> None:
     """The table of a budget, in Markdown."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for file in sorted((RESULTS / budget).glob("*.json")):
-        one = json.loads(file.read_text("utf-8"))
-        found.setdefault(one["name"], []).append(one)
-    print(
-        "| row | seeds | pairs | dual: text to image R@1 / 5 / 10 | image to text R@1 / 5 / 10 ",
-        end="",
-    )
-    print("| re-ranked: text to image | image to text |")
-    print("|---|---|---|---|---|---|---|")
-    order = [*(name for name in ROWS if name in found), *sorted(found.keys() - ROWS.keys())]
-    for name in order:
-        rows = found[name]
-        cells = [name, str(len(rows)), f"{mean(r['pretrain']['pairs'] for r in rows):,.0f}"]
+    runs = read_runs(RESULTS / budget, ROWS)
+    if not runs:
+        raise typer.BadParameter(f"there are no finished rows of {budget}")
+    rows = []
+    for name, results in runs.items():
+        cells = [name, str(len(results)), f"{mean(r['pretrain']['pairs'] for r in results):,.0f}"]
+        cells.append(noted_gflop(RESULTS / "flops" / f"{name}.json"))
         for kind in ("dual", "reranked"):
-            for way in ("image_retrieval", "text_retrieval"):
-                tables = [r["evaluate"][kind] for r in rows]
-                cells.append(
-                    " / ".join(_spread([t[way][k] for t in tables]) for k in KS)
-                    if all(tables)
-                    else "-"
-                )
-        print("| " + " | ".join(cells) + " |")
-    print(f"\n{sum(map(len, found.values()))} runs of {len(found)} configurations.")
+            cells += [*(recalls(results, kind, way) for way in WAYS), rsum(results, kind)]
+        rows.append(cells)
+    print(table(TITLES, rows))
+    print(f"\n{sum(map(len, runs.values()))} runs of {len(runs)} configurations.")
 
 
-KS = ("r1", "r5", "r10")
-
-
-def _spread(values: list[float]) -> str:
-    """Mean, and its standard error where there are several."""
-    if len(values) < 2:
-        return f"{values[0]:.1f}"
-    return f"{mean(values):.1f} ± {stdev(values) / math.sqrt(len(values)):.1f}"
+TITLES = [
+    *("row", "seeds", "pairs", "GFLOP a pair"),
+    *("dual: text to image R@1 / 5 / 10", "image to text R@1 / 5 / 10", "RSUM"),
+    *("re-ranked: text to image", "image to text", "RSUM"),
+]
 
 
 if __name__ == "__main__":
