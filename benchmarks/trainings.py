@@ -109,6 +109,10 @@ def portable(row: dict[str, Any], run: Run, folder: Path) -> dict[str, Any]:
     for option, value in itertools.pairwise(run.options):
         if option == "--image-weights":
             places[value] = "FILE"
+    for setting in run.pretrain:
+        key, _, value = setting.partition("=")
+        if key.endswith("_weights") and "/" in value:
+            places[value.strip('"')] = "FILE"
     text = json.dumps(row)
     for place, name in places.items():
         text = text.replace(json.dumps(place)[1:-1], name)
