@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Set
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from trainings import write_whole  # beside this file
 
 from vicvlm_cli.config import load_config
-from vicvlm_cli.data.batches import Plan, Rows, batches, load_size
+from vicvlm_cli.data.batches import Batch, Plan, Rows, batches, load_size
 from vicvlm_cli.data.prepared import PreparedDataset
 from vicvlm_cli.data.tokenizer import Tokenizer
 from vicvlm_cli.model.create import create_model
@@ -31,22 +33,35 @@ def note_gflop(file: Path, data: Path, preset: str | None, settings: tuple[str, 
         write_whole(file, {"gflop_per_pair": gflop_per_pair(data, preset, settings)})
 
 
-def gflop_per_pair(data: Path, preset: str | None, settings: tuple[str, ...]) -> float:
-    """GFLOP of a pair in pretraining: forward and backward, all that the objective runs.
+class Step(NamedTuple):
+    """A training's objective and one real batch of its data, to be measured."""
 
-    Matrix products, attention and convolutions count, a multiply-add as two; EMA targets and
-    teachers too. Every set of losses that is on together in some step is measured once, on a real
-    batch, and counts as often as it is on: losses share passes, and do not add up. What
-    ``cached_views`` costs beforehand is not of a pair, and not in it.
+    train: TrainConfig
+    objective: nn.Module
+    batch: Batch
+    noise: Noise
 
-    Args:
-        preset: None is the data set's own.
-        settings: ``KEY=VALUE`` as for ``--set``.
-    """
+    def run(self, active: Set[str]) -> None:
+        """Forward and backward of the losses in ``active``, as the training loop does."""
+        values, _ = self.objective(self.batch, self.noise, active)
+        torch.stack(list(values.values())).sum().backward()
+        self.objective.zero_grad()
+
+    @property
+    def pairs(self) -> int:
+        """Of the batch."""
+        return len(self.batch.image)
+
+
+def one_step(
+    data: Path, preset: str | None, settings: tuple[str, ...], kind: str = "pretrain"
+) -> Step:
+    """A step of ``kind`` (or ``finetune``); the rest as :func:`gflop_per_pair`."""
     dataset = PreparedDataset.open(data)
     preset = preset or PRESET_OF_SOURCE.get(dataset.manifest.source, DEFAULT_PRESET)
     config = load_config(preset, None, settings, recipe_of=recipe_of)
-    split, train = dataset.split("train"), config.pretrain
+    split = dataset.split("train")
+    train: TrainConfig = getattr(config, kind)
     captions = [caption for group in split.captions for caption in group]
     if config.model.text_encoder:
         tokenizer = Tokenizer.load(config.model.text_encoder)
@@ -67,17 +82,32 @@ def gflop_per_pair(data: Path, preset: str | None, settings: tuple[str, ...]) ->
     batch.image = augment(batch, model.config.image_size, config.data, noise)
     if train.cached_views:
         batch.begun = model.image_encoder.begin(model.normalize(batch.image))
+    return Step(train, objective, batch, noise)
 
-    def cost(active: Set[str]) -> float:
+
+def gflop_per_pair(
+    data: Path, preset: str | None, settings: tuple[str, ...], kind: str = "pretrain"
+) -> float:
+    """GFLOP of a pair in pretraining: forward and backward, all that the objective runs.
+
+    Matrix products, attention and convolutions count, a multiply-add as two; EMA targets and
+    teachers too. Every set of losses that is on together in some step is measured once, on a real
+    batch, and counts as often as it is on: losses share passes, and do not add up. What
+    ``cached_views`` costs beforehand is not of a pair, and not in it.
+
+    Args:
+        preset: None is the data set's own.
+        settings: ``KEY=VALUE`` as for ``--set``.
+        kind: ``pretrain`` or ``finetune``.
+    """
+    step = one_step(data, preset, settings, kind)
+    schedule = active_sets(step.train)
+    total = 0.0
+    for active, number in schedule.items():
         with FlopCounterMode(display=False) as counter:
-            values, _ = objective(batch, noise, active)
-            torch.stack(list(values.values())).sum().backward()  # as the training loop does
-        objective.zero_grad()
-        return counter.get_total_flops() / size / 1e9
-
-    schedule = active_sets(train)
-    total = sum(cost(active) * number for active, number in schedule.items())
-    return total / schedule.total()
+            step.run(active)
+        total += counter.get_total_flops() * number
+    return total / schedule.total() / step.pairs / 1e9
 
 
 def active_sets(train: TrainConfig) -> Counter[frozenset[str]]:
