@@ -18,12 +18,18 @@ from vicvlm_cli import checkpoint
 from vicvlm_cli.checkpoint import FORMAT_VERSION, load_model, save_model
 from vicvlm_cli.config import load_config, to_dict
 from vicvlm_cli.errors import UserError
+from vicvlm_cli.model.query_bank import QueryBank
 from vicvlm_cli.model.vlm import VLM, RerankWeights
 
 DATA = {"source": "scenes", "split_name": "drawn", "split": "train", "split_hash": "ab12"}
 
 
-def save(path: Path, model: VLM | None = None, weights: tuple[float, float] = (0, 0)) -> Path:
+def save(
+    path: Path,
+    model: VLM | None = None,
+    weights: tuple[float, float] = (0, 0),
+    bank: QueryBank | None = None,
+) -> Path:
     save_model(
         path,
         model or make_model(),
@@ -32,6 +38,7 @@ def save(path: Path, model: VLM | None = None, weights: tuple[float, float] = (0
         data=DATA,
         objective="vicvlm",
         rerank_weights=RerankWeights(*weights),
+        bank=bank,
     )
     return path
 
@@ -39,6 +46,22 @@ def save(path: Path, model: VLM | None = None, weights: tuple[float, float] = (0
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(tmp_path_factory.mktemp("saved") / "model.safetensors")
+
+
+def test_a_query_bank_comes_back_and_older_files_have_none(saved: Path, tmp_path: Path) -> None:
+    assert load_model(saved, device="cpu").bank is None
+    rows = torch.randn(5, make_model().config.projection_dim).half().float()
+    bank = QueryBank(rows[:3], rows[3:], RerankWeights(0.5, 1.0))
+    path = save(tmp_path / "model.safetensors", bank=bank)
+    loaded = load_model(path, device="cpu").bank
+    assert loaded is not None and loaded.weights == (0.5, 1.0)
+    assert torch.equal(loaded.texts, bank.texts) and torch.equal(loaded.images, bank.images)
+    # Its tensors alone are as unexpected as any others.
+    assert "differ, the first is query_bank.images" in refusal(
+        rewrite(path, tmp_path / "a.safetensors", query_bank_weights=None)
+    )
+    old = rewrite(saved, tmp_path / "b.safetensors", format_version="1")
+    assert load_model(old, device="cpu").bank is None
 
 
 def rewrite(saved: Path, path: Path, **header: str | None) -> Path:

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from vicvlm_cli.checkpoint import BANK
 from vicvlm_cli.report.progress import Progress
 from vicvlm_cli.workflows.train import TrainResult, pretrain
 
@@ -79,8 +80,9 @@ def run(data: Path, output: Path, *overrides: str, **options: Any) -> TrainResul
 
 
 def weights(path: Path) -> dict[str, Tensor]:
-    """What a run has kept."""
-    return load_file(path / "model.safetensors")
+    """What a run has kept of the model itself."""
+    kept = load_file(path / "model.safetensors")
+    return {name: x for name, x in kept.items() if not name.startswith(BANK)}
 
 
 def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:

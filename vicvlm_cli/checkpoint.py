@@ -20,10 +20,12 @@ from vicvlm_cli.device import best_device
 from vicvlm_cli.errors import UserError
 from vicvlm_cli.inference import LoadedModel
 from vicvlm_cli.model.create import build_model
+from vicvlm_cli.model.query_bank import QueryBank
 from vicvlm_cli.model.vlm import RerankWeights, RetrievalModel
 from vicvlm_cli.settings import ModelConfig
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: may hold a query bank
+BANK = "query_bank."  # what its tensors' names begin with
 FILE_NAME = "model.safetensors"
 
 
@@ -54,11 +56,12 @@ def save_model(
     data: dict[str, Any],
     objective: str,
     rerank_weights: RerankWeights,
+    bank: QueryBank | None = None,
 ) -> None:
     """Write the whole model; the file appears complete or not at all.
 
     ``config`` is the run's configuration as plain data; its ``model`` part is replaced by the
-    model's own, which rebuilds without hub or local weights.
+    model's own, which rebuilds without hub or local weights. ``bank``: with its weights.
     """
     resolved = to_dict(model.config)
     header = {
@@ -71,6 +74,9 @@ def save_model(
         "rerank_weights": json.dumps(rerank_weights),
     }
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    if bank is not None:
+        header["query_bank_weights"] = json.dumps(bank.weights)
+        tensors |= {f"{BANK}{name}": getattr(bank, name).half() for name in ("texts", "images")}
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -119,12 +125,18 @@ def load_model(
             sha256=_sha256(path),
             path=path.resolve(),
         )
+        bank_weights = RerankWeights.of(json.loads(header.get("query_bank_weights", "0")))
     except (KeyError, ValueError, TypeError, UserError) as error:
         raise UserError(
             f"{path} has a damaged vicvlm header: {error}; train or copy it again"
         ) from error
     if eval_image_scale is not None:
         model = build_model(replace(model.config, eval_image_scale=eval_image_scale))
+    bank = None
+    if "query_bank_weights" in header:
+        texts, images = (tensors.pop(f"{BANK}{name}", None) for name in ("texts", "images"))
+        if texts is not None and images is not None:
+            bank = QueryBank(texts.float(), images.float(), bank_weights)
     own = model.state_dict()
     wrong = sorted(
         k for k in own.keys() | tensors.keys() if _shape(own.get(k)) != _shape(tensors.get(k))
@@ -136,7 +148,7 @@ def load_model(
         )
     model.load_state_dict(tensors)
     device = torch.device(device) if device is not None else best_device()
-    return LoadedModel(model.to(device).eval(), tokenizer, info, device)
+    return LoadedModel(model.to(device).eval(), tokenizer, info, device, bank=bank)
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:

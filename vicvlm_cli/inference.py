@@ -24,6 +24,7 @@ from vicvlm_cli.data.tokenizer import Tokenizer
 from vicvlm_cli.data.transforms import image_to_array
 from vicvlm_cli.device import supports_bf16
 from vicvlm_cli.errors import UserError
+from vicvlm_cli.model.query_bank import QueryBank
 from vicvlm_cli.model.vlm import Encoded, RetrievalModel
 from vicvlm_cli.report.progress import Progress
 
@@ -151,6 +152,7 @@ class LoadedModel:
     info: CheckpointInfo
     device: torch.device
     precision: str = "auto"
+    bank: QueryBank | None = None  # what hubs are told by; older checkpoints have none
 
     @property
     def dim(self) -> int:
@@ -202,14 +204,21 @@ class LoadedModel:
                 bar.advance(len(index))
         return features
 
+    def off_images(self, features: Tensor) -> Tensor:
+        """What the query bank takes off the cosines of pictures with features [n, P]: [n]."""
+        if self.bank is None:
+            return torch.zeros(len(features))
+        return self.bank.off_images(features)
+
     def score_pairs(
         self, images: Iterable[ImageSource], texts: Iterable[str], batch_size: int = IMAGE_BATCH
     ) -> Tensor:
         """How well picture i fits text i, [n], as the model's method scores it; higher is better.
 
-        The similarity, exp(logit_scale) * cosine, plus, where there is a matching head, ITM times
-        the weight for captions that look for pictures, chosen on validation. Or the model's pair
-        score alone (SCAN, ViLT).
+        The similarity, exp(logit_scale) * cosine, where the cosine is less what the query bank
+        takes off hubs among pictures, plus, where there is a matching head, ITM times the weight
+        for captions that look for pictures, chosen on validation. Or the model's pair score alone
+        (SCAN, ViLT).
 
         Raises UserError where the numbers differ or a picture cannot be read.
         """
@@ -233,7 +242,8 @@ class LoadedModel:
                 score = scale * (batch.encoded.features * text.features).sum(1)
                 if weight:
                     score += weight * self.vlm.match(batch.encoded, text).float()
-            scores.append(score.cpu())
+            off = self.off_images(batch.encoded.features.cpu())
+            scores.append(score.cpu() - scale * off)
         return torch.cat(scores)
 
     def _image_batches(self, images: list[ImageSource], batch_size: int) -> Iterator[ImageBatch]:

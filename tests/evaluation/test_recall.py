@@ -8,11 +8,42 @@ import torch.nn.functional as F
 from vicvlm_cli.evaluation.recall import (
     adverse,
     best_positive,
+    choose_bank_weights,
     evaluate_features,
     ranks,
     recall,
     similarity,
 )
+from vicvlm_cli.model.query_bank import QueryBank, hubness
+from vicvlm_cli.model.vlm import RerankWeights
+
+
+def test_a_bank_takes_off_what_it_says_in_each_direction():
+    image, text, of = seeded(5, 40, 2, 8, 1.5)
+    others, captions, _ = seeded(6, 30, 2, 8, 1.5)
+    bank = QueryBank(captions, others, RerankWeights(1.0, 0.5))
+    whole = evaluate_features(image, text, of, bank=bank)
+    at = torch.arange(40)
+    looking = similarity(text, image) - hubness(image, captions)
+    asking = similarity(image, text) - 0.5 * hubness(text, others)
+    assert whole.image_retrieval == recall(torch.tensor(slow_ranks(looking, of, at)))
+    assert whole.text_retrieval == recall(torch.tensor(slow_ranks(asking, at, of)))
+    plain = evaluate_features(image, text, of)
+    assert evaluate_features(image, text, of, bank=bank.at(RerankWeights())) == plain != whole
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_banks_weights_lower_no_recall_at_1(seed):
+    image, text, of = seeded(seed, 40, 2, 8, 1.5)
+    others, captions, _ = seeded(seed + 10, 30, 2, 8, 1.5)
+    bank = QueryBank(captions, others)
+    weights = choose_bank_weights(image, text, of, bank)
+    plain, chosen = (
+        evaluate_features(image, text, of, bank=bank.at(w)) for w in (RerankWeights(), weights)
+    )
+    for way in ("image_retrieval", "text_retrieval"):
+        of_plain, of_chosen = getattr(plain, way), getattr(chosen, way)
+        assert of_chosen.r1 >= of_plain.r1 and of_chosen.sum >= of_plain.sum
 
 
 def seeded(seed: int, images: int, captions: int, dim: int, noise: float):

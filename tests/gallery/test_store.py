@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import save_file
 
 from vicvlm_cli.data.images import BadImage
 from vicvlm_cli.data.prepared import PreparedDataset
@@ -42,6 +43,21 @@ def test_search_by_one_or_more_queries():
     assert rows.shape == (4, 4) and rows[:, 0].tolist() == [0, 1, 2, 3]
     with pytest.raises(UserError, match=r"7 dimensions and the gallery 6.*runs/model"):
         gallery.search(torch.ones(7))
+
+
+def test_words_look_for_scores_less_what_is_off(tmp_path):
+    gallery = make(off=torch.tensor([0.0, 0.0, 3.0, 0.0]))
+    gallery.save(tmp_path / "gallery")
+    read = Gallery.open(tmp_path / "gallery")
+    assert torch.equal(read.off, gallery.off)
+    query = gallery.features[2]
+    assert read.search(query, k=1)[1].item() == 2
+    scores, rows = read.search(query, k=4, of_words=True)
+    assert rows[0, -1] == 2 and scores[0, -1] == pytest.approx(-2, abs=1e-5)
+    short = {"features": gallery.features, "off": torch.zeros(3)}
+    save_file(short, tmp_path / "gallery" / "features.safetensors")
+    with pytest.raises(UserError, match="damaged"):
+        Gallery.open(tmp_path / "gallery")
 
 
 def test_saving_replaces_a_gallery_and_nothing_else(tmp_path):

@@ -71,6 +71,18 @@ def test_both_evaluation_tables_carry_the_splits_name_and_the_notes():
     assert str(RerankWeights(0.3, 2)) == "0.3 text to image and 2 image to text"
 
 
+def test_the_query_bank_has_a_table_of_its_own():
+    one = report()
+    banked = replace(one.evaluation, banked=metrics(42.0), bank_weights=RerankWeights(0.5, 1.0))
+    one = replace(one, evaluation=banked)
+    text = shown(tables.evaluation_tables(one))
+    assert "With the query bank (weight 0.5 text to image and 1 image to text)" in text
+    assert text.count("RSUM") == 3 and "42.0" in text
+    plain = one.to_dict()
+    assert plain["banked"]["image_retrieval"]["r1"] == 42.0
+    assert plain["bank_weights"] == {"image_retrieval": 0.5, "text_retrieval": 1.0}
+
+
 def test_without_reranking_there_is_one_table():
     text = shown(tables.evaluation_tables(report(reranked=False)))
     assert text.count("RSUM") == 1
@@ -172,6 +184,8 @@ def test_hits_show_score_path_and_caption_as_they_are():
     for words in ("a [bold] dog", "0.310", "photos/[a] é.jpg", "a dog [runs]", "1 of 1,234"):
         assert words in text
     assert "cosine" not in text and "caption" in text
+    past_hubs = replace(result, hits=[replace(HIT, score=0.11)])
+    assert "cosine" in shown(tables.hits_tables(past_hubs))
     bare = replace(HIT, captions=[], path="odd-\udce9.jpg")
     result = replace(result, hits=[bare], reranked=True, by_image=True, sheet=Path("s.png"))
     text = shown(tables.hits_tables(result))

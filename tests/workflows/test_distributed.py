@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from safetensors.torch import load_file
-from tiny_training import BARE, LOSSES, TINY, rows
+from tiny_training import BARE, LOSSES, TINY, rows, weights
 from torch import Tensor
 from two_processes import CACHED, CASES, WIDE, contrast_by_cache, losses_and_gradients
 
@@ -123,8 +122,8 @@ def test_a_training_of_two_processes_by_cached_gradients_is_that_of_one(
         for key in ("step", "pairs", "epoch", "lr", "progress"):
             assert mine[key] == other[key]
     first, last = (
-        load_file(folder / "cached" / "model.safetensors"),
-        load_file(joint.run / "model.safetensors"),
+        weights(folder / "cached"),
+        weights(joint.run),
     )
     for name, value in first.items():
         torch.testing.assert_close(value, last[name], rtol=0.01, atol=2e-3)
@@ -136,7 +135,7 @@ def test_both_processes_end_with_the_same_weights(both: Results, folder: Path) -
     for name in first:
         if name != "token_counts":  # of each process's own words
             assert torch.equal(first[name], second[name]), name
-    kept = load_file(folder / "run" / "model.safetensors")
+    kept = weights(folder / "run")
     assert all(torch.equal(kept[name], first[f"model.{name}"]) for name in kept)
 
 
@@ -151,8 +150,8 @@ def test_training_is_that_of_one_process_on_the_joint_batch(
         for key in ("pairs", "epoch", "lr", "progress"):
             assert mine[key] == other[key]
     first, last = (
-        load_file(folder / "run" / "model.safetensors"),
-        load_file(one / "model.safetensors"),
+        weights(folder / "run"),
+        weights(one),
     )
     for name, value in first.items():
         torch.testing.assert_close(value, last[name], rtol=0.05, atol=0.01)

@@ -64,9 +64,9 @@ def test_weight_0_is_the_dual_table_and_scores_nothing(
 
 def test_a_given_weight_goes_before_the_checkpoints(tiny_checkpoint, tiny_data):
     given = RerankWeights(0.0, 99.0)
-    report = evaluate(tiny_checkpoint, tiny_data, top_k=4, rerank_weights=given, progress=QUIET)
+    report = evaluate(tiny_checkpoint, tiny_data, top_k=60, rerank_weights=given, progress=QUIET)
     assert report.evaluation.rerank_weights == given
-    half = evaluate(tiny_checkpoint, tiny_data, top_k=4, progress=QUIET)
+    half = evaluate(tiny_checkpoint, tiny_data, top_k=60, progress=QUIET)
     assert half.evaluation.reranked.text_retrieval != report.evaluation.reranked.text_retrieval
     assert report.evaluation.reranked.image_retrieval == report.evaluation.dual.image_retrieval
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from tiny_training import QUIET, TINY, Heard, equal, rows, run, weights
 from torch import Tensor
 
@@ -52,6 +53,7 @@ def scripted(rsums: list[float], patch: pytest.MonkeyPatch) -> list[dict[str, Te
             "rsum": dual.rsum,
             "reranked": None,
             "rerank_weights": {"image_retrieval": 7.0, "text_retrieval": 8.0},
+            "bank_weights": {"image_retrieval": 0.5, "text_retrieval": 1.0},
         }
         return SimpleNamespace(dual=dual, own=dual, to_dict=lambda: row)
 
@@ -93,9 +95,16 @@ def test_the_weights_kept_are_the_best_or_the_last(
     # Fine-tuning that keeps the best begins by measuring where it starts from.
     assert [row["step"] for row in result.validation] == [0, 6, 12, 18][-number:]
     assert {row.name for row in result.losses} == {"itc", "itm"}
-    info = load_model(result.checkpoint, device="cpu").info
+    loaded = load_model(result.checkpoint, device="cpu")
+    info, bank = loaded.info, loaded.bank
     assert info.objective == "retrieval"
     assert info.rerank_weights == result.rerank_weights
+    # The bank is that of the weights kept, with what their validation chose for it.
+    assert bank is not None
+    assert bank.weights == tuple(result.validation[kept]["bank_weights"].values())
+    train = PreparedDataset.open(scenes).split("train")
+    image = loaded.encode_images([train.image(5)])[0]
+    assert torch.allclose(bank.images[5], image, atol=1e-2)
 
 
 def test_without_validation_data_the_last_weights_are_kept(
@@ -109,7 +118,8 @@ def test_without_validation_data_the_last_weights_are_kept(
     )  # fmt: skip
     assert any("has no val split: the last weights will be kept" in note for note in heard.notes)
     assert result.validation == [] and result.best is None
-    assert load_model(result.checkpoint, device="cpu").info.rerank_weights == (0, 0)
+    loaded = load_model(result.checkpoint, device="cpu")
+    assert loaded.info.rerank_weights == (0, 0) and loaded.bank is None
 
 
 def test_a_score_that_stands_alone_is_what_validations_go_by(scenes: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from vicvlm_cli.evaluation.recall import BLOCK, RetrievalMetrics, adverse, metrics, similarity
 from vicvlm_cli.evaluation.rerank import match_pairs
 from vicvlm_cli.evaluation.tokens import SplitFeatures
+from vicvlm_cli.model.query_bank import QueryBank
 from vicvlm_cli.model.vlm import RerankWeights, RetrievalModel
 from vicvlm_cli.report.progress import Progress
 
@@ -52,6 +53,7 @@ def evaluate_all_pairs(
     vlm: RetrievalModel,
     features: SplitFeatures,
     weights: RerankWeights,
+    bank: QueryBank | None = None,
     *,
     precision: str = "auto",
     progress: Progress,
@@ -63,6 +65,7 @@ def evaluate_all_pairs(
 
     Args:
         weights: of the pair score beside the similarity; of no account where it stands alone.
+        bank: whose discounts come off the similarity.
 
     Raises ValueError where `features` were made without tokens, or the model cannot match.
     """
@@ -91,7 +94,11 @@ def evaluate_all_pairs(
                 score[rows] = (scale * cosine.double() + weight * logits.double()).float()
             bar.advance(len(rows))
     of = torch.arange(images)
+    looking, asking = scores[weights.image_retrieval].T, scores[weights.text_retrieval]
+    if bank is not None:
+        looking = looking - vlm.similarity_scale * bank.off_images(features.image)
+        asking = asking - vlm.similarity_scale * bank.off_texts(features.text)
     return metrics(
-        ranks_by_score(scores[weights.image_retrieval].T, features.text_image, of),
-        ranks_by_score(scores[weights.text_retrieval], of, features.text_image),
+        ranks_by_score(looking, features.text_image, of),
+        ranks_by_score(asking, of, features.text_image),
     )

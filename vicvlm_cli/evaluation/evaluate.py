@@ -1,4 +1,4 @@
-"""The two retrieval tables of one split: by features alone, and by the model's pair score."""
+"""The retrieval tables of one split: by features alone, with the query bank, by pair scores."""
 
 from __future__ import annotations
 
@@ -11,10 +11,15 @@ import torch
 from vicvlm_cli.data.prepared import Split
 from vicvlm_cli.data.tokenizer import Tokenizer
 from vicvlm_cli.evaluation.all_pairs import evaluate_all_pairs
-from vicvlm_cli.evaluation.recall import RetrievalMetrics, evaluate_features
+from vicvlm_cli.evaluation.recall import (
+    RetrievalMetrics,
+    choose_bank_weights,
+    evaluate_features,
+)
 from vicvlm_cli.evaluation.rerank import TOP_K, rerank
 from vicvlm_cli.evaluation.tokens import encode_split
 from vicvlm_cli.inference import IMAGE_BATCH
+from vicvlm_cli.model.query_bank import QueryBank
 from vicvlm_cli.model.vlm import PairScore, RerankWeights, RetrievalModel
 from vicvlm_cli.report.progress import Progress
 
@@ -23,7 +28,9 @@ from vicvlm_cli.report.progress import Progress
 class Evaluation:
     """`reranked` is None where no re-ranking was asked for or the model cannot match pairs.
 
-    `pair_score` is the model's own; `top_k` is 0 where all pairs were scored.
+    `banked`: the features' table with what the query bank takes off hubs, from which re-ranking
+    starts; None where the model has no bank. `pair_score` is the model's own; `top_k` is 0 where
+    all pairs were scored.
     """
 
     dual: RetrievalMetrics
@@ -31,6 +38,8 @@ class Evaluation:
     rerank_weights: RerankWeights
     top_k: int
     pair_score: PairScore | None = None
+    banked: RetrievalMetrics | None = None
+    bank_weights: RerankWeights = RerankWeights()
 
     @property
     def own(self) -> RetrievalMetrics:
@@ -42,6 +51,8 @@ class Evaluation:
         """Plain numbers for JSON."""
         return {
             "dual": self.dual.to_dict(),
+            "banked": self.banked.to_dict() if self.banked else None,
+            "bank_weights": self.bank_weights._asdict(),
             "reranked": self.reranked.to_dict() if self.reranked else None,
             "rerank_weights": self.rerank_weights._asdict(),
             "pair_score": asdict(self.pair_score) if self.pair_score else None,
@@ -109,6 +120,7 @@ def evaluate_split(
     top_k: int = TOP_K,
     all_pairs: bool = False,
     rerank_weights: RerankWeights | None = None,
+    bank: QueryBank | None = None,
     batch_size: int = IMAGE_BATCH,
     images: int | None = None,
     progress: Progress,
@@ -123,6 +135,7 @@ def evaluate_split(
         all_pairs: score every pair instead of a shortlist; it takes `rerank_weights`.
         rerank_weights: what ITM counts in the combined score; None chooses it on this split
             (only for validation). Of no account where the pair score stands alone.
+        bank: of the model; its weights are chosen on this split where it has none.
         images: evaluate the first so many images only.
 
     Raises:
@@ -146,20 +159,30 @@ def evaluate_split(
         images=images,
         progress=progress,
     )
-    if not scoring or all_pairs:
-        dual = evaluate_features(features.image, features.text, features.text_image)
+    plain = features.image, features.text, features.text_image
+    if bank is not None and bank.weights is None:
+        bank = bank.at(choose_bank_weights(*plain, bank))
+    if bank is not None or not scoring or all_pairs:
+        dual = evaluate_features(*plain)
+    banked = None if bank is None else evaluate_features(*plain, bank=bank)
+    of_bank = banked, (bank and bank.weights) or RerankWeights()
     if not scoring:
-        return Evaluation(
-            dual, dual if matching else None, RerankWeights(), top_k if matching else 0, own
-        )
+        table = (banked or dual) if matching else None
+        return Evaluation(dual, table, RerankWeights(), top_k if matching else 0, own, *of_bank)
     if all_pairs:
         assert rerank_weights is not None
         table = evaluate_all_pairs(
-            vlm, features, rerank_weights, precision=precision, progress=progress
+            vlm, features, rerank_weights, bank, precision=precision, progress=progress
         )
-        return Evaluation(dual, table, rerank_weights, 0, own)
+        return Evaluation(dual, table, rerank_weights, 0, own, *of_bank)
     scored = rerank(
-        vlm, features, top_k=top_k, weights=rerank_weights, precision=precision, progress=progress
+        vlm,
+        features,
+        top_k=top_k,
+        weights=rerank_weights,
+        bank=bank,
+        precision=precision,
+        progress=progress,
     )
     if own is not None and own.alone:
         texts, pictures = scored.reach
@@ -168,4 +191,11 @@ def evaluate_split(
             f"{pictures:.1f} % of pictures"
         )
     weights = scored.choose_weights() if rerank_weights is None else rerank_weights
-    return Evaluation(scored.dual, scored.metrics(weights), weights, top_k, own)
+    return Evaluation(
+        scored.dual if bank is None else dual,
+        scored.metrics(weights),
+        weights,
+        top_k,
+        own,
+        *of_bank,
+    )

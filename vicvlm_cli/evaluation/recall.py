@@ -8,6 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vicvlm_cli.model.query_bank import QueryBank, with_discount
+from vicvlm_cli.model.vlm import RerankWeights
+
+BANK_WEIGHTS = (0.0, 0.5, 1.0)
 BLOCK = 512  # a side; in float64 2 MB, of which ranking holds several
 
 
@@ -145,15 +149,57 @@ def metrics(image_ranks: Tensor, text_ranks: Tensor) -> RetrievalMetrics:
 
 
 def evaluate_features(
-    image_features: Tensor, text_features: Tensor, text_image: Tensor, block: int = BLOCK
+    image_features: Tensor,
+    text_features: Tensor,
+    text_image: Tensor,
+    block: int = BLOCK,
+    bank: QueryBank | None = None,
 ) -> RetrievalMetrics:
     """Metrics of image features [I, P] and text features [T, P].
 
     text_image [T] names each text's image (0 <= text_image < I); an image may have any number
-    of texts. Features are compared by inner product: normalise them first for the cosine.
+    of texts. Features are compared by inner product: normalise them first for the cosine. With a
+    `bank`, what it takes off hubs is taken off.
     """
     image = torch.arange(len(image_features))
+    looking, pictures = for_images(image_features, text_features, bank)
+    asking, texts = for_texts(image_features, text_features, bank)
     return metrics(
-        ranks(text_features, image_features, text_image, image, block),
-        ranks(image_features, text_features, image, text_image, block),
+        ranks(looking, pictures, text_image, image, block),
+        ranks(asking, texts, image, text_image, block),
+    )
+
+
+def for_images(image: Tensor, text: Tensor, bank: QueryBank | None) -> tuple[Tensor, Tensor]:
+    """Captions [T, P] as queries, pictures [I, P] as gallery; with a bank, of P + 1 dimensions."""
+    return (text, image) if bank is None else with_discount(text, image, bank.off_images(image))
+
+
+def for_texts(image: Tensor, text: Tensor, bank: QueryBank | None) -> tuple[Tensor, Tensor]:
+    """Pictures as queries, captions as gallery; otherwise as :func:`for_images`."""
+    return (image, text) if bank is None else with_discount(image, text, bank.off_texts(text))
+
+
+def best_harmless(recalls: dict[float, Recall]) -> float:
+    """Of weights (0 among them) with their recalls that of the highest R@1 + R@5 + R@10.
+
+    Of those that do not lower R@1; of equals the first.
+    """
+    harmless = [w for w, recall in recalls.items() if recall.r1 >= recalls[0.0].r1]
+    return max(harmless, key=lambda w: recalls[w].sum)
+
+
+def choose_bank_weights(
+    image_features: Tensor, text_features: Tensor, text_image: Tensor, bank: QueryBank
+) -> RerankWeights:
+    """In each direction the best of :data:`BANK_WEIGHTS` on these data that lowers no R@1."""
+    tables = {
+        weight: evaluate_features(
+            image_features, text_features, text_image, bank=bank.at(RerankWeights.of(weight))
+        )
+        for weight in BANK_WEIGHTS
+    }
+    return RerankWeights(
+        best_harmless({w: table.image_retrieval for w, table in tables.items()}),
+        best_harmless({w: table.text_retrieval for w, table in tables.items()}),
     )

@@ -10,9 +10,11 @@ from torch import Tensor
 from vicvlm_cli.evaluation.by_picture import match_by_picture
 from vicvlm_cli.evaluation.recall import (
     BLOCK,
-    Recall,
     RetrievalMetrics,
     adverse,
+    best_harmless,
+    for_images,
+    for_texts,
     metrics,
     ranks,
     similarity,
@@ -21,6 +23,7 @@ from vicvlm_cli.evaluation.tokens import SplitFeatures
 from vicvlm_cli.gallery.search import running_top_k
 from vicvlm_cli.inference import inferring
 from vicvlm_cli.model.fusion import CrossAttentionFusion
+from vicvlm_cli.model.query_bank import QueryBank
 from vicvlm_cli.model.vlm import VLM, Encoded, RerankWeights, RetrievalModel
 from vicvlm_cli.report.progress import Progress
 
@@ -153,7 +156,7 @@ class Reranking:
 
     @property
     def dual(self) -> RetrievalMetrics:
-        """The table of the cosines alone, whose ranks were counted with the candidates."""
+        """The table of the similarities alone, whose ranks were counted with the candidates."""
         return metrics(self.images.dual_rank, self.texts.dual_rank)
 
     def metrics(self, weights: RerankWeights | float) -> RetrievalMetrics:
@@ -177,14 +180,9 @@ class Reranking:
         and 0, the dual encoder's own order.
         """
         tables = {weight: self.metrics(weight) for weight in sorted({0.0, *grid})}
-
-        def best(recalls: dict[float, Recall]) -> float:
-            harmless = [w for w, recall in recalls.items() if recall.r1 >= recalls[0.0].r1]
-            return max(harmless, key=lambda w: recalls[w].sum)
-
         return RerankWeights(
-            best({w: table.image_retrieval for w, table in tables.items()}),
-            best({w: table.text_retrieval for w, table in tables.items()}),
+            best_harmless({w: table.image_retrieval for w, table in tables.items()}),
+            best_harmless({w: table.text_retrieval for w, table in tables.items()}),
         )
 
 
@@ -194,13 +192,14 @@ def rerank(
     *,
     top_k: int = TOP_K,
     weights: RerankWeights | None = None,
+    bank: QueryBank | None = None,
     precision: str = "auto",
     progress: Progress,
 ) -> Reranking:
     """Finds the top k of both directions and scores every pair among them once.
 
     A direction of weight 0 is left unscored: its order is that of the cosines in any case. Without
-    ``weights`` both are scored.
+    ``weights`` both are scored. With a ``bank``, similarities are less what it takes off.
 
     Raises ValueError where `features` were made without tokens, or the model cannot match.
     """
@@ -208,8 +207,9 @@ def rerank(
         raise ValueError("re-ranking needs a model that can match")
     image_group = torch.arange(len(features.image))
     text_group = features.text_image
-    images = candidates(features.text, features.image, text_group, image_group, top_k)
-    texts = candidates(features.image, features.text, image_group, text_group, top_k)
+    sides = features.image, features.text, bank
+    images = candidates(*for_images(*sides), text_group, image_group, top_k)
+    texts = candidates(*for_texts(*sides), image_group, text_group, top_k)
     # A pair may be a candidate in both directions; it is one number, number = image * T + text.
     count = len(features.text)
     numbers = (

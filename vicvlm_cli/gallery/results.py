@@ -39,7 +39,8 @@ class EmbedResult:
 
 @dataclass(frozen=True)
 class Hit:
-    """One picture found. `score` orders the hits; without re-ranking it is the cosine.
+    """One picture found. `score` orders the hits; without re-ranking it is the cosine, for words
+    less what the model's query bank takes off a hub.
 
     `row` is the picture's row in the gallery and `path` where a person finds it.
     """

@@ -1,6 +1,6 @@
 """A gallery on disk: one directory that is written whole.
 
-features.safetensors    features [n, P] float32, rows of unit length
+features.safetensors    features [n, P] float32, rows of unit length; off [n] float32
 items.jsonl             a line a picture: path, id, captions, split, index
 skipped.jsonl           a line a picture that could not be read: path, reason
 gallery.json            format version, model (path, sha256), where the pictures lie, counts
@@ -25,6 +25,7 @@ from vicvlm_cli.data.images import load_rgb
 from vicvlm_cli.data.prepared import PreparedDataset, Split
 from vicvlm_cli.errors import UserError
 from vicvlm_cli.gallery.search import exact_top_k
+from vicvlm_cli.model.query_bank import with_discount
 
 FORMAT_VERSION = 1
 HEADER = "gallery.json"
@@ -45,6 +46,8 @@ class GalleryItem:
 class Gallery:
     """Embedded pictures: features [n, P] float32 of unit length, and what each row is.
 
+    `off` [n] is what the model's query bank takes off the cosines of each row, a hub or not, with
+    words that look for it; None, as in older galleries, is nothing.
     `source` is the folder of pictures or the prepared data set (`prepared`) that they come from;
     `model_sha256` and `model_path` name the checkpoint that made the features.
     """
@@ -56,16 +59,20 @@ class Gallery:
     source: str
     prepared: bool = False
     skipped: list[tuple[str, str]] = field(default_factory=list)
+    off: Tensor | None = None
     _splits: dict[str, Split] = field(default_factory=dict, init=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.items)
 
-    def search(self, features: Tensor, k: int = 10) -> tuple[Tensor, Tensor]:
-        """The k most similar pictures for each query: cosines and row numbers, [Q, min(k, n)].
+    def search(
+        self, features: Tensor, k: int = 10, *, of_words: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """The k best pictures for each query: scores and row numbers, [Q, min(k, n)].
 
         `features` are [Q, P] (or [P] for one query) of unit length, by the model that made the
-        gallery. Raises UserError where they have another length P.
+        gallery. Scores are cosines; where the query is `of_words`, less `off`. Raises UserError
+        where they have another length P.
         """
         queries = features.reshape(-1, features.shape[-1]).float()
         if queries.shape[1] != self.features.shape[1]:
@@ -73,7 +80,10 @@ class Gallery:
                 f"the query has {queries.shape[1]} dimensions and the gallery "
                 f"{self.features.shape[1]}: use the model that made it ({self.model_path})"
             )
-        return exact_top_k(queries, self.features, k)
+        gallery = self.features
+        if of_words and self.off is not None:
+            queries, gallery = with_discount(queries, gallery, self.off)
+        return exact_top_k(queries, gallery, k)
 
     def location(self, row: int) -> str:
         """Where a person finds the picture: its file, or where it came from when prepared."""
@@ -120,7 +130,9 @@ class Gallery:
         try:
             shutil.rmtree(beside, ignore_errors=True)  # of a process that was killed
             beside.mkdir(parents=True)
-            save_file({"features": self.features.contiguous()}, beside / "features.safetensors")
+            tensors = {"features": self.features.contiguous()}
+            tensors |= {} if self.off is None else {"off": self.off.contiguous()}
+            save_file(tensors, beside / "features.safetensors")
             _write_lines(beside / "items.jsonl", (asdict(item) for item in self.items))
             _write_lines(
                 beside / "skipped.jsonl", ({"path": p, "reason": r} for p, r in self.skipped)
@@ -154,7 +166,8 @@ class Gallery:
                 "upgrade vicvlm, or run `vicvlm embed` again"
             )
         try:
-            features = load_file(path / "features.safetensors")["features"].float()
+            tensors = load_file(path / "features.safetensors")
+            features, off = tensors["features"].float(), tensors.get("off")
             items = [GalleryItem(**line) for line in _read_lines(path / "items.jsonl")]
             skipped = [(s["path"], s["reason"]) for s in _read_lines(path / "skipped.jsonl")]
             gallery = cls(
@@ -165,11 +178,13 @@ class Gallery:
                 source=header["source"],
                 prepared=header["prepared"],
                 skipped=skipped,
+                off=off,
             )
         except (OSError, SafetensorError, ValueError, KeyError, TypeError):
             raise _damaged(path) from None
         shape = (header.get("count"), header.get("dim"))
-        if tuple(features.shape) != shape or len(items) != len(features):
+        lengths = {len(features), len(items), len(features if off is None else off)}
+        if tuple(features.shape) != shape or len(lengths) > 1:
             raise _damaged(path)
         return gallery
 

@@ -125,13 +125,16 @@ def loss_summary_table(rows: Iterable[Loss]) -> Table:
 
 
 def evaluation_tables(report: EvaluationReport) -> list[Group]:
-    """The features' table and, if there is one, that of the model's score of pairs."""
+    """The features' table and, if there are, those with the query bank and of pair scores."""
     evaluation = report.evaluation
     own = evaluation.pair_score
     alone = own is not None and own.alone
     lines = [report.data_title, *(f"note: {note}" for note in report.notes)]
     title = "Shortlist alone (cosine of the features)" if alone else "Dual encoder alone"
     blocks = [_block(title, metrics_table(evaluation.dual), lines)]
+    if evaluation.banked is not None:
+        title = f"With the query bank (weight {evaluation.bank_weights})"
+        blocks.append(_block(title, metrics_table(evaluation.banked), lines))
     if evaluation.reranked is not None:
         name = own.name if own else "ITM"
         among = f"top {evaluation.top_k}" if evaluation.top_k else "all pairs"
@@ -180,15 +183,15 @@ def gallery_tables(result: EmbedResult) -> list[Group]:
 
 def hits_tables(result: RetrieveResult) -> list[Group]:
     """The pictures found, best first."""
-    cosine = ("cosine",) if result.reranked else ()
-    table = _table("", right=("score", *cosine))
+    differ = result.reranked or any(hit.score != hit.cosine for hit in result.hits)
+    table = _table("", right=("score", *(("cosine",) if differ else ())))
     table.add_column("picture", overflow="fold")
     captioned = any(hit.caption for hit in result.hits)
     if captioned:
         table.add_column("caption")
     for hit in result.hits:
         cells = [str(hit.rank), f"{hit.score:.3f}"]
-        cells += [f"{hit.cosine:.3f}"] if result.reranked else []
+        cells += [f"{hit.cosine:.3f}"] if differ else []
         words = [hit.path, hit.caption] if captioned else [hit.path]
         table.add_row(*cells, *map(_words, words))
     title = f"Pictures like {result.query}" if result.by_image else result.query
@@ -204,10 +207,13 @@ def _validation_table(rows: list[dict[str, Any]], best: Mapping[str, Any] | None
     table.add_column("")
     shown = [row for row in rows if row is best or any(row is late for late in rows[-VALIDATIONS:])]
     for row in shown:
-        for kind in ("dual", "reranked"):
+        for kind, remark in (
+            ("dual", "best" if row is best else ""),
+            ("banked", "query bank"),
+            ("reranked", "re-ranked"),
+        ):
             if (metrics := row.get(kind)) is None:
                 continue
-            remark = "re-ranked" if kind == "reranked" else "best" if row is best else ""
             table.add_row(
                 f"{row['step']:,}",
                 f"{row['seconds'] / 60:.1f}",

@@ -88,14 +88,16 @@ def embed(
             f"none of the {len(items):,} pictures in {source} can be read "
             f"(the first, {path}, is {reason})"
         )
+    rows = torch.cat(features)
     gallery = Gallery(
-        features=torch.cat(features),
+        features=rows,
         items=[items[i] for i in kept],
         model_sha256=model.info.sha256,
         model_path=str(model.info.path),
         source=str(source.resolve()),
         prepared=prepared,
         skipped=skipped,
+        off=None if model.bank is None else model.off_images(rows),
     )
     gallery.save(output)
     result = EmbedResult(

@@ -84,6 +84,7 @@ def evaluate(
         top_k=top_k,
         all_pairs=all_pairs,
         rerank_weights=weights,
+        bank=model.bank,
         batch_size=batch_size,
         progress=progress,
     )

@@ -76,8 +76,10 @@ def retrieve(
     else:
         features = model.encode_images([image])
     wanted = max(top_k, CANDIDATES) if rerank else top_k
-    cosines, rows = (found[0] for found in stored.search(features, wanted))
-    scores = cosines
+    scores, rows = (found[0] for found in stored.search(features, wanted, of_words=image is None))
+    cosines = scores
+    if image is None and stored.off is not None:
+        cosines = scores + stored.off[rows]
     if rerank:
         scores, cosines, rows = _reranked(text, stored, model, cosines, rows, progress)
     hits = [

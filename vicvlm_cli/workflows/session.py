@@ -15,9 +15,11 @@ from vicvlm_cli.checkpoint import FILE_NAME, load_model, save_model
 from vicvlm_cli.data.prepared import PreparedDataset
 from vicvlm_cli.data.tokenizer import Tokenizer
 from vicvlm_cli.evaluation.evaluate import evaluate_split
+from vicvlm_cli.model.query_bank import QueryBank
 from vicvlm_cli.model.vlm import RerankWeights, RetrievalModel
 from vicvlm_cli.report.progress import Progress
 from vicvlm_cli.settings import Config, TrainConfig
+from vicvlm_cli.workflows.bank import make_bank
 from vicvlm_cli.workflows.metrics import Metrics
 from vicvlm_cli.workflows.state import Position, save_run_state
 from vicvlm_cli.workflows.views import drop_views
@@ -72,19 +74,20 @@ class Session:
         self.accelerator.wait_for_everyone()
 
     def finish(self) -> RerankWeights:
-        """Validate once more, choose the re-ranking weights, write the final checkpoint."""
+        """Validate once more, choose the weights of scoring, write the final checkpoint."""
         weights = RerankWeights()
         if self.accelerator.is_main_process:
             rows = self.job.position.validation
             top_k = self._top_k if self._alone or "itm" in self.metrics.history else 0
-            row = self._measure_and_keep(top_k)
+            row = self._measure_and_keep(top_k, banked=not self._alone)
             # Earlier weights may be the better ones.
-            if row is None and top_k and rows and not self._alone:
+            if row is None and rows and not self._alone:
                 at = max(range(len(rows)), key=lambda i: rows[i]["rsum"])
                 kept = load_model(self.checkpoint, device=self.accelerator.device).vlm
                 facts = {name: rows[at][name] for name in ("step", "seconds", "pairs")}
-                row = rows[at] = self._measure(kept, top_k, facts)
-                self._keep(kept, _weights_of(row))
+                bank = self._bank(kept)
+                row = rows[at] = self._measure(kept, top_k, facts, bank)
+                self._keep(kept, row, bank)
             weights = _weights_of(row) if row else RerankWeights()
             shutil.rmtree(self.job.run / "state", ignore_errors=True)
         self.accelerator.wait_for_everyone()
@@ -114,24 +117,42 @@ class Session:
         }
         save_run_state(self.accelerator, job.run / "state", job.tokenizer, description)
 
-    def _measure_and_keep(self, top_k: int) -> dict[str, Any] | None:
+    def _measure_and_keep(self, top_k: int, banked: bool = False) -> dict[str, Any] | None:
         """Validates the model as it is; its row if its weights were kept and there is one."""
         job = self.job
         if self.split is None:
-            self._keep(job.model, RerankWeights())
+            self._keep(job.model)
             return None
         position = job.position
         facts = {"step": position.step, "seconds": round(position.seconds, 1)}
-        row = self._measure(job.model, top_k, facts | {"pairs": position.pairs})
+        bank = self._bank(job.model) if banked else None
+        row = self._measure(job.model, top_k, facts | {"pairs": position.pairs}, bank)
         position.validation.append(row)
         better = row["rsum"] > position.best
         position.best = max(position.best, row["rsum"])
         if job.train.select == "best" and not better:
             return None
-        self._keep(job.model, _weights_of(row))
+        self._keep(job.model, row, bank)
         return row
 
-    def _measure(self, model: RetrievalModel, top_k: int, facts: dict[str, Any]) -> dict[str, Any]:
+    def _bank(self, model: RetrievalModel) -> QueryBank:
+        """The query bank of ``model``, without weights yet."""
+        return make_bank(
+            model,
+            self.job.tokenizer,
+            self.job.dataset.split("train"),
+            device=self.accelerator.device,
+            precision=self.accelerator.mixed_precision,
+            progress=self.progress,
+        )
+
+    def _measure(
+        self,
+        model: RetrievalModel,
+        top_k: int,
+        facts: dict[str, Any],
+        bank: QueryBank | None = None,
+    ) -> dict[str, Any]:
         assert self.split is not None
         result = evaluate_split(
             model,
@@ -140,6 +161,7 @@ class Session:
             device=self.accelerator.device,
             precision=self.accelerator.mixed_precision,
             top_k=top_k,
+            bank=bank,
             images=self.job.train.validation_images,
             progress=self.progress,
         )
@@ -152,8 +174,16 @@ class Session:
         )
         return row
 
-    def _keep(self, model: RetrievalModel, rerank_weights: RerankWeights) -> None:
+    def _keep(
+        self,
+        model: RetrievalModel,
+        row: dict[str, Any] | None = None,
+        bank: QueryBank | None = None,
+    ) -> None:
+        """Writes the checkpoint, with the weights of scoring that its validation chose."""
         job = self.job
+        if bank is not None and row is not None:
+            bank = bank.at(RerankWeights(**row["bank_weights"]))
         save_model(
             self.checkpoint,
             model,
@@ -161,7 +191,8 @@ class Session:
             config=configs.to_dict(job.config),
             data=job.origin,
             objective=job.train.objective,
-            rerank_weights=rerank_weights,
+            rerank_weights=_weights_of(row) if row else RerankWeights(),
+            bank=bank,
         )
 
 
