@@ -27,11 +27,14 @@ def read_runs(folder: Path, order: Iterable[str]) -> dict[str, list[Result]]:
 
 def final_table(runs: dict[str, list[Result]], flops: Path) -> str:
     """Recall on the final split both ways, and what training cost; ``*``: only a shortlist."""
+    known = [r["evaluate"].get("banked") for results in runs.values() for r in results]
+    banked = ("banked",) if any(known) else ()
     titles = [
         "method",
         "runs",
         "features alone: text to image R@1 / 5 / 10",
         "image to text R@1 / 5 / 10",
+        *(title for _ in banked for title in ("query bank: text to image", "image to text")),
         "pair scores: text to image",
         "image to text",
         "pairs/s",
@@ -42,7 +45,7 @@ def final_table(runs: dict[str, list[Result]], flops: Path) -> str:
     for name, results in runs.items():
         shortlist = alone(results[0]["evaluate"])
         cells = [name, str(len(results))]
-        for kind in ("dual", "reranked"):
+        for kind in ("dual", *banked, "reranked"):
             mark = "*" * (shortlist and kind == "dual")
             cells += [recalls(results, kind, way) + mark for way in WAYS]
         cells.append(f"{mean(r['pretrain']['pairs_per_second'] for r in results):.0f}")
@@ -56,14 +59,14 @@ def final_table(runs: dict[str, list[Result]], flops: Path) -> str:
 
 
 def recalls(results: list[Result], kind: str, way: str) -> str:
-    """R@1 / 5 / 10 of one way; ``kind``: ``dual`` or ``reranked``, a dash where there is none."""
-    tables = [r["evaluate"][kind] for r in results]
+    """R@1 / 5 / 10 of one way; ``kind`` names a table of `vicvlm evaluate`, a dash if not all have it."""
+    tables = [r["evaluate"].get(kind) for r in results]
     return " / ".join(spread([t[way][k] for t in tables]) for k in KS) if all(tables) else "-"
 
 
 def rsum(results: list[Result], kind: str) -> str:
     """The sum of the six recalls, or a dash; arguments as :func:`recalls`."""
-    tables = [r["evaluate"][kind] for r in results]
+    tables = [r["evaluate"].get(kind) for r in results]
     if not all(tables):
         return "-"
     return spread([sum(t[way][k] for way in WAYS for k in KS) for t in tables])
@@ -148,6 +151,6 @@ def draw(runs: dict[str, list[Result]], path: Path) -> None:
         axis.set_xlabel("CPU minutes" if against == "seconds" else "thousand pairs")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("mean of both R@1 on validation")
-    axes[0].legend(fontsize="small")
+    axes[1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1.02, 0.5))
     figure.tight_layout()
-    figure.savefig(path)
+    figure.savefig(path, bbox_inches="tight")

@@ -193,7 +193,7 @@ def report(budget: Annotated[str, typer.Option(help="XS, S or L.")] = "S") -> No
     for name, results in runs.items():
         cells = [name, str(len(results)), f"{mean(r['pretrain']['pairs'] for r in results):,.0f}"]
         cells.append(noted_gflop(RESULTS / "flops" / f"{name}.json"))
-        for kind in ("dual", "reranked"):
+        for kind in ("dual", "banked", "reranked"):
             cells += [*(recalls(results, kind, way) for way in WAYS), rsum(results, kind)]
         rows.append(cells)
     print(table(TITLES, rows))
@@ -203,6 +203,7 @@ def report(budget: Annotated[str, typer.Option(help="XS, S or L.")] = "S") -> No
 TITLES = [
     *("row", "seeds", "pairs", "GFLOP a pair"),
     *("dual: text to image R@1 / 5 / 10", "image to text R@1 / 5 / 10", "RSUM"),
+    *("query bank: text to image", "image to text", "RSUM"),
     *("re-ranked: text to image", "image to text", "RSUM"),
 ]
 
