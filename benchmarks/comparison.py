@@ -59,7 +59,7 @@ def final_table(runs: dict[str, list[Result]], flops: Path) -> str:
 
 
 def recalls(results: list[Result], kind: str, way: str) -> str:
-    """R@1 / 5 / 10 of one way; ``kind``: a table of `vicvlm evaluate`, a dash if not all have it."""
+    """R@1 / 5 / 10 of one way; ``kind``: a table of `vicvlm evaluate`, a dash if one lacks it."""
     tables = [r["evaluate"].get(kind) for r in results]
     return " / ".join(spread([t[way][k] for t in tables]) for k in KS) if all(tables) else "-"
 
