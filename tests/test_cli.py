@@ -100,7 +100,7 @@ def test_results_are_tables(home):
         assert f"│ {loss} " in home.said["pretrain"].stdout
     assert "trivial" in home.said["pretrain"].stdout
     evaluated = home.said["evaluate"].stdout
-    assert evaluated.count("image retrieval (text to image)") == 2  # alone, and re-ranked
+    assert evaluated.count("image retrieval (text to image)") == 3  # alone, banked, re-ranked
     assert "24 images, 120 captions" in evaluated and "seed0" in evaluated
     assert home.said["retrieve"].stdout.count("scenes/test-") == 3
     with Image.open(home.path / "found.png") as sheet:
