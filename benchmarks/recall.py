@@ -107,7 +107,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "itc-eval-128": (*ALONE, "model.eval_image_scale=1"),
     "itc-more-captions": (*ALONE, "data.more_captions=1"),
     **{f"itc-image-lr-{rate}": (*ALONE, f"pretrain.image_lr={rate}") for rate in ("1e-4", "4e-4")},
-    **{f"itc-lr-{rate}": (*ALONE, f"pretrain.lr={rate}") for rate in ("5e-4", "2e-3")},
+    **{f"itc-lr-{rate}": (*ALONE, f"pretrain.lr={rate}") for rate in ("5e-4", "2e-3", "4e-3")},
     **{f"itc-text-layers-{n}": (*ALONE, f"model.text_layers={n}") for n in (1, 2, 4)},
     **{f"itc-text-width-{n}": (*ALONE, f"model.text_width={n}") for n in (192, 384)},
     **{f"itc-temperature-{t}": (*ALONE, f"model.temperature={t}") for t in (0.03, 0.15)},
@@ -120,6 +120,10 @@ ROWS: dict[str, tuple[str, ...]] = {
     "itc-final-lr-0": (*ALONE, "pretrain.final_lr=0"),
     # VICReg on the two projections themselves: it needs no pass of its own.
     **{f"clip+{name}": on_projections(**weights) for name, weights in PROJECTED.items()},
+    **{
+        f"clip+vicreg-lr-{rate}": (*on_projections(**SPREAD), f"pretrain.lr={rate}")
+        for rate in ("2e-3", "4e-3")
+    },
     # The time that the frozen blocks take for their views is the run's.
     **{f"itc-cached-{n}": (*ALONE, *cached(n)) for n in (3, 6, 9)},
     **{f"clip+vicreg-cached-{n}": (*on_projections(**SPREAD), *cached(n)) for n in (3, 6, 9)},
