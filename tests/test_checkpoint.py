@@ -51,17 +51,58 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_query_bank_comes_back_and_older_files_have_none(saved: Path, tmp_path: Path) -> None:
     assert load_model(saved, device="cpu").bank is None
     rows = torch.randn(5, make_model().config.projection_dim).half().float()
-    bank = QueryBank(rows[:3], rows[3:], RerankWeights(0.5, 1.0))
+    bank = QueryBank(rows[:3], rows[3:], torch.tensor([0, 1, 1]), RerankWeights(0.5, 1.0))
     path = save(tmp_path / "model.safetensors", bank=bank)
     loaded = load_model(path, device="cpu").bank
     assert loaded is not None and loaded.weights == (0.5, 1.0)
-    assert torch.equal(loaded.texts, bank.texts) and torch.equal(loaded.images, bank.images)
+    for name in ("texts", "images", "text_image"):
+        assert torch.equal(getattr(loaded, name), getattr(bank, name))
     # Its tensors alone are as unexpected as any others.
     assert "differ, the first is query_bank.images" in refusal(
         rewrite(path, tmp_path / "a.safetensors", query_bank_weights=None)
     )
     old = rewrite(saved, tmp_path / "b.safetensors", format_version="1")
     assert load_model(old, device="cpu").bank is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"query_bank.texts": None},
+        {"query_bank.text_image": None},
+        {"query_bank.texts": torch.ones(3, 5)},
+        {"query_bank.texts": torch.ones(3)},
+        {"query_bank.images": torch.full((2, 16), torch.nan)},
+        {"query_bank.text_image": torch.tensor([0, 1, 2])},
+        {"query_bank.text_image": torch.tensor([0.0, 1.0, 1.0])},
+        "null",
+        "[0.5]",
+        "[0.5, -1]",
+        "[0.5, NaN]",
+        '"05"',
+        "half",
+    ],
+)
+def test_a_damaged_query_bank_is_refused(change: dict | str, tmp_path: Path) -> None:
+    rows = torch.randn(5, 16)
+    bank = QueryBank(rows[:3], rows[3:], torch.tensor([0, 1, 1]), RerankWeights(0.5, 1.0))
+    path = save(tmp_path / "model.safetensors", bank=bank)
+    assert bank.texts.shape[1] == make_model().config.projection_dim
+    with safe_open(path, framework="pt") as file:
+        header, tensors = file.metadata(), load_file(path)
+    if isinstance(change, str):
+        header["query_bank_weights"] = change
+    else:
+        tensors = {k: v for k, v in {**tensors, **change}.items() if v is not None}
+    save_file(tensors, path, metadata=header)
+    assert "has a damaged query bank" in refusal(path)
+
+
+def test_a_bank_without_weights_is_not_saved(tmp_path: Path) -> None:
+    bank = QueryBank(torch.ones(1, 16), torch.ones(1, 16), torch.zeros(1).long())
+    with pytest.raises(ValueError, match="have not been chosen"):
+        save(tmp_path / "model.safetensors", bank=bank)
+    assert not (tmp_path / "model.safetensors").exists()
 
 
 def rewrite(saved: Path, path: Path, **header: str | None) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -75,8 +76,14 @@ def save_model(
     }
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     if bank is not None:
+        if bank.weights is None:
+            raise ValueError("the weights of the query bank have not been chosen")
         header["query_bank_weights"] = json.dumps(bank.weights)
-        tensors |= {f"{BANK}{name}": getattr(bank, name).half() for name in ("texts", "images")}
+        tensors |= {
+            f"{BANK}texts": bank.texts.half(),
+            f"{BANK}images": bank.images.half(),
+            f"{BANK}text_image": bank.text_image,
+        }
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -125,18 +132,13 @@ def load_model(
             sha256=_sha256(path),
             path=path.resolve(),
         )
-        bank_weights = RerankWeights.of(json.loads(header.get("query_bank_weights", "0")))
     except (KeyError, ValueError, TypeError, UserError) as error:
         raise UserError(
             f"{path} has a damaged vicvlm header: {error}; train or copy it again"
         ) from error
     if eval_image_scale is not None:
         model = build_model(replace(model.config, eval_image_scale=eval_image_scale))
-    bank = None
-    if "query_bank_weights" in header:
-        texts, images = (tensors.pop(f"{BANK}{name}", None) for name in ("texts", "images"))
-        if texts is not None and images is not None:
-            bank = QueryBank(texts.float(), images.float(), bank_weights)
+    bank = _bank(header, tensors, path) if "query_bank_weights" in header else None
     own = model.state_dict()
     wrong = sorted(
         k for k in own.keys() | tensors.keys() if _shape(own.get(k)) != _shape(tensors.get(k))
@@ -166,6 +168,32 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
             f"{path} is truncated or not a safetensors file ({error}): copy or train it again"
         ) from error
     return header, tensors
+
+
+def _bank(header: dict[str, str], tensors: dict[str, Tensor], path: Path) -> QueryBank:
+    """The query bank, whose tensors are taken out of ``tensors``."""
+    try:
+        given = json.loads(header["query_bank_weights"])
+        weights = RerankWeights(*map(float, given))
+        texts, images = (tensors.pop(f"{BANK}{name}").float() for name in ("texts", "images"))
+        text_image = tensors.pop(f"{BANK}text_image")
+        dim = json.loads(header["config"])["model"]["projection_dim"]
+        sound = (
+            isinstance(given, list)
+            and len(given) == 2
+            and all(0 <= weight < math.inf for weight in weights)
+            and texts.shape == (len(text_image), dim)
+            and images.shape == (len(images), dim)
+            and len(text_image) > 0
+            and text_image.dtype == torch.long
+            and bool(((text_image >= 0) & (text_image < len(images))).all())
+            and bool(texts.isfinite().all() and images.isfinite().all())
+        )
+    except (KeyError, ValueError, TypeError):
+        sound = False
+    if not sound:
+        raise UserError(f"{path} has a damaged query bank; train or copy it again")
+    return QueryBank(texts, images, text_image, weights)
 
 
 def _check_header(header: dict[str, str], path: Path) -> None:

@@ -20,8 +20,8 @@ from vicvlm_cli.model.vlm import RerankWeights
 
 def test_a_bank_takes_off_what_it_says_in_each_direction():
     image, text, of = seeded(5, 40, 2, 8, 1.5)
-    others, captions, _ = seeded(6, 30, 2, 8, 1.5)
-    bank = QueryBank(captions, others, RerankWeights(1.0, 0.5))
+    others, captions, own = seeded(6, 30, 2, 8, 1.5)
+    bank = QueryBank(captions, others, own, RerankWeights(1.0, 0.5))
     whole = evaluate_features(image, text, of, bank=bank)
     at = torch.arange(40)
     looking = similarity(text, image) - hubness(image, captions)
@@ -35,8 +35,8 @@ def test_a_bank_takes_off_what_it_says_in_each_direction():
 @pytest.mark.parametrize("seed", range(4))
 def test_a_banks_weights_lower_no_recall_at_1(seed):
     image, text, of = seeded(seed, 40, 2, 8, 1.5)
-    others, captions, _ = seeded(seed + 10, 30, 2, 8, 1.5)
-    bank = QueryBank(captions, others)
+    others, captions, own = seeded(seed + 10, 30, 2, 8, 1.5)
+    bank = QueryBank(captions, others, own)
     weights = choose_bank_weights(image, text, of, bank)
     plain, chosen = (
         evaluate_features(image, text, of, bank=bank.at(w)) for w in (RerankWeights(), weights)
@@ -44,6 +44,23 @@ def test_a_banks_weights_lower_no_recall_at_1(seed):
     for way in ("image_retrieval", "text_retrieval"):
         of_plain, of_chosen = getattr(plain, way), getattr(chosen, way)
         assert of_chosen.r1 >= of_plain.r1 and of_chosen.sum >= of_plain.sum
+
+
+def test_a_banks_weights_are_those_that_help():
+    axis = torch.eye(64)
+    common = 2 * axis[63]
+    image = axis[:20] + common
+    text = 0.3 * axis[:20] + 0.95 * axis[20:40] + common
+    image[0] = text[0] = axis[63]  # hubs: near everything, nearer than what belongs together
+    others = F.normalize(axis[40:60] + common, dim=1)
+    bank = QueryBank(others, others.roll(1, 0), torch.arange(20))
+    pair = F.normalize(image, dim=1), F.normalize(text, dim=1), torch.arange(20)
+    assert evaluate_features(*pair).rsum < 200  # of 600
+    weights = choose_bank_weights(*pair, bank)
+    assert weights.image_retrieval > 0 and weights.text_retrieval > 0
+    assert evaluate_features(*pair, bank=bank.at(weights)).rsum == 600
+    # Where there is nothing to gain, nothing is taken off.
+    assert choose_bank_weights(axis, axis, torch.arange(64), bank) == (0, 0)
 
 
 def seeded(seed: int, images: int, captions: int, dim: int, noise: float):

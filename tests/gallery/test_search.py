@@ -11,7 +11,7 @@ from vicvlm_cli.gallery.search import exact_top_k, running_top_k
 def test_blocks_find_what_a_full_sort_finds(block, k):
     g = torch.Generator().manual_seed(0)
     queries, gallery = torch.randn(11, 6, generator=g), torch.randn(29, 6, generator=g)
-    scores, index = exact_top_k(queries, gallery, k, block)
+    scores, index = exact_top_k(queries, gallery, k, block=block)
     order = (queries @ gallery.T).sort(dim=1, descending=True)
     assert torch.equal(index, order.indices[:, :k])
     assert torch.allclose(scores, order.values[:, :k], atol=1e-6)

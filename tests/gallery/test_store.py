@@ -54,10 +54,11 @@ def test_words_look_for_scores_less_what_is_off(tmp_path):
     assert read.search(query, k=1)[1].item() == 2
     scores, rows = read.search(query, k=4, of_words=True)
     assert rows[0, -1] == 2 and scores[0, -1] == pytest.approx(-2, abs=1e-5)
-    short = {"features": gallery.features, "off": torch.zeros(3)}
-    save_file(short, tmp_path / "gallery" / "features.safetensors")
-    with pytest.raises(UserError, match="damaged"):
-        Gallery.open(tmp_path / "gallery")
+    for off in (torch.zeros(3), torch.zeros(4, 1), torch.tensor(0.0), torch.full((4,), torch.nan)):
+        wrong = {"features": gallery.features, "off": off}
+        save_file(wrong, tmp_path / "gallery" / "features.safetensors")
+        with pytest.raises(UserError, match="damaged"):
+            Gallery.open(tmp_path / "gallery")
 
 
 def test_saving_replaces_a_gallery_and_nothing_else(tmp_path):

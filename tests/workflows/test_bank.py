@@ -33,9 +33,13 @@ def test_a_bank_is_spread_over_captions_and_pictures(tiny_model, tiny_data, monk
 
     whole = made()
     assert (len(whole.texts), len(whole.images)) == (len(captions), len(split)) == (40, 8)
+    assert whole.text_image.tolist() == [i for i in range(8) for _ in range(5)]
+    assert torch.allclose(whole.texts, tiny_model.encode_texts(captions), atol=1e-3)
+    monkeypatch.setattr(bank, "SIZE", 17)
+    assert made().text_image.tolist() == [i for i in range(8) for _ in range(2)]
     monkeypatch.setattr(bank, "SIZE", 4)
     few = made()
-    assert few.weights is None
+    assert few.weights is None and few.text_image.tolist() == [0, 1, 2, 3]
     texts = tiny_model.encode_texts(captions[::10])
     images = tiny_model.encode_images([split.image(i) for i in (0, 2, 4, 6)])
     assert torch.allclose(few.texts, texts, atol=1e-3)

@@ -19,11 +19,16 @@ PAIRS = 2**20  # of one call, at most: what is held of a pair beside its score
 
 
 def ranks_by_score(
-    scores: Tensor, query_group: Tensor, gallery_group: Tensor, block: int = BLOCK
+    scores: Tensor,
+    query_group: Tensor,
+    gallery_group: Tensor,
+    off: Tensor | None = None,
+    block: int = BLOCK,
 ) -> Tensor:
-    """The ranks of `recall.ranks`, from scores [Q, G] in place of features."""
+    """The ranks of `recall.ranks`, from scores [Q, G], less ``off`` [G], in place of features."""
     found = []
     for rows, group in zip(scores.split(block), query_group.split(block), strict=True):
+        rows = rows if off is None else rows - off
         positive = group[:, None] == gallery_group
         keys = adverse(rows, positive)
         best = keys.masked_fill(~positive, -torch.inf).amax(1, keepdim=True)
@@ -94,11 +99,13 @@ def evaluate_all_pairs(
                 score[rows] = (scale * cosine.double() + weight * logits.double()).float()
             bar.advance(len(rows))
     of = torch.arange(images)
-    looking, asking = scores[weights.image_retrieval].T, scores[weights.text_retrieval]
+    off_images = off_texts = None
     if bank is not None:
-        looking = looking - vlm.similarity_scale * bank.off_images(features.image)
-        asking = asking - vlm.similarity_scale * bank.off_texts(features.text)
+        scale, _ = vlm.pair_score.weights(vlm.similarity_scale, 0.0)
+        off_images = scale * bank.off_images(features.image)
+        off_texts = scale * bank.off_texts(features.text)
+    looking, asking = scores[weights.image_retrieval].T, scores[weights.text_retrieval]
     return metrics(
-        ranks_by_score(looking, features.text_image, of),
-        ranks_by_score(asking, of, features.text_image),
+        ranks_by_score(looking, features.text_image, of, off_images),
+        ranks_by_score(asking, of, features.text_image, off_texts),
     )

@@ -35,14 +35,18 @@ def running_top_k(blocks: Iterable[Tensor], k: int) -> tuple[Tensor, Tensor]:
 
 
 def exact_top_k(
-    queries: Tensor, gallery: Tensor, k: int, block: int = BLOCK
+    queries: Tensor, gallery: Tensor, k: int, off: Tensor | None = None, block: int = BLOCK
 ) -> tuple[Tensor, Tensor]:
     """The k gallery rows [G, P] of highest inner product for each query [Q, P], best first.
 
-    Returns scores and row numbers, both [Q, min(k, G)].
+    ``off`` [G] is taken off the rows' products. Returns scores and row numbers, both
+    [Q, min(k, G)].
     """
+    if off is None:
+        off = gallery.new_zeros(len(gallery))
+    parts = list(zip(gallery.split(block), off.split(block), strict=True))
     found = [
-        running_top_k((rows @ part.T for part in gallery.split(block)), k)
+        running_top_k((rows @ part.T - less for part, less in parts), k)
         for rows in queries.split(block)
     ]
     return torch.cat([scores for scores, _ in found]), torch.cat([index for _, index in found])

@@ -25,7 +25,6 @@ from vicvlm_cli.data.images import load_rgb
 from vicvlm_cli.data.prepared import PreparedDataset, Split
 from vicvlm_cli.errors import UserError
 from vicvlm_cli.gallery.search import exact_top_k
-from vicvlm_cli.model.query_bank import with_discount
 
 FORMAT_VERSION = 1
 HEADER = "gallery.json"
@@ -80,10 +79,7 @@ class Gallery:
                 f"the query has {queries.shape[1]} dimensions and the gallery "
                 f"{self.features.shape[1]}: use the model that made it ({self.model_path})"
             )
-        gallery = self.features
-        if of_words and self.off is not None:
-            queries, gallery = with_discount(queries, gallery, self.off)
-        return exact_top_k(queries, gallery, k)
+        return exact_top_k(queries, self.features, k, self.off if of_words else None)
 
     def location(self, row: int) -> str:
         """Where a person finds the picture: its file, or where it came from when prepared."""
@@ -168,6 +164,7 @@ class Gallery:
         try:
             tensors = load_file(path / "features.safetensors")
             features, off = tensors["features"].float(), tensors.get("off")
+            off = None if off is None else off.float()
             items = [GalleryItem(**line) for line in _read_lines(path / "items.jsonl")]
             skipped = [(s["path"], s["reason"]) for s in _read_lines(path / "skipped.jsonl")]
             gallery = cls(
@@ -183,8 +180,9 @@ class Gallery:
         except (OSError, SafetensorError, ValueError, KeyError, TypeError):
             raise _damaged(path) from None
         shape = (header.get("count"), header.get("dim"))
-        lengths = {len(features), len(items), len(features if off is None else off)}
-        if tuple(features.shape) != shape or len(lengths) > 1:
+        if tuple(features.shape) != shape or len(items) != len(features):
+            raise _damaged(path)
+        if off is not None and (off.shape != features.shape[:1] or not off.isfinite().all()):
             raise _damaged(path)
         return gallery
 

@@ -8,7 +8,7 @@ and taken off: the inverted softmax (Smith et al., arXiv 1702.03859), QB-Norm (a
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,19 +17,22 @@ from torch import Tensor
 from vicvlm_cli.model.vlm import RerankWeights
 
 SHARPNESS = 10.0  # inverse temperature of the mean over the bank, for cosines
-BLOCK = 4096  # gallery rows at a time: memory is BLOCK x bank
+BLOCK = 2048  # gallery rows at a time: memory is BLOCK x bank
+SAME = 0.98  # cosine from which two features are of one picture (perhaps encoded anew) or caption
 
 
 @dataclass(frozen=True)
 class QueryBank:
     """Features of unit length of training captions ``texts`` [N, P] and pictures ``images`` [M, P].
 
-    ``weights``: what is taken off in each direction of search, 0 (nothing) to 1 (all); None where
-    they have yet to be chosen on validation.
+    ``text_image`` long [N]: which of these pictures each caption is of. ``weights``: what is taken
+    off in each direction of search, 0 (nothing) to 1 (all); None where they have yet to be chosen
+    on validation.
     """
 
     texts: Tensor
     images: Tensor
+    text_image: Tensor
     weights: RerankWeights | None = None
 
     def at(self, weights: RerankWeights) -> QueryBank:
@@ -39,33 +42,58 @@ class QueryBank:
     def off_images(self, images: Tensor) -> Tensor:
         """What to take off the scores of pictures [G, P] for any caption that looks for them: [G].
 
-        Raises ValueError without weights.
+        A picture that is in the bank is not measured by its own captions: the pictures that a model
+        was trained on are often those that it is to find. Raises ValueError without weights.
         """
-        return self._off(images, self.texts, 0)
+
+        def own(rows: Tensor) -> Tensor:
+            return (rows @ self.images.T > SAME)[:, self.text_image]  # [B, N]
+
+        return self._off(images, self.texts, own, 0)
 
     def off_texts(self, texts: Tensor) -> Tensor:
-        """What to take off the scores of captions [G, P] for any picture that looks for them."""
-        return self._off(texts, self.images, 1)
+        """What to take off the scores of captions [G, P] for any picture that looks for them: [G].
 
-    def _off(self, gallery: Tensor, queries: Tensor, direction: int) -> Tensor:
+        A caption that is in the bank is not measured by its own picture, as in :meth:`off_images`.
+        """
+
+        def own(rows: Tensor) -> Tensor:
+            same = (rows @ self.texts.T > SAME).float()  # [B, N]
+            return (
+                same.new_zeros(len(rows), len(self.images))
+                .index_add(1, self.text_image, same)
+                .bool()
+            )  # [B, M]
+
+        return self._off(texts, self.images, own, 1)
+
+    def _off(
+        self, gallery: Tensor, queries: Tensor, own: Callable[[Tensor], Tensor], direction: int
+    ) -> Tensor:
         if self.weights is None:
             raise ValueError("the weights of the query bank have not been chosen")
         weight = self.weights[direction]
-        return weight * hubness(gallery, queries) if weight else torch.zeros(len(gallery))
+        if not weight:
+            return torch.zeros(len(gallery))
+        blocks = gallery.float().split(BLOCK)
+        return weight * torch.cat([hubness(rows, queries, own(rows)) for rows in blocks])
 
 
-def hubness(gallery: Tensor, queries: Tensor) -> Tensor:
+def hubness(gallery: Tensor, queries: Tensor, own: Tensor | None = None) -> Tensor:
     """How close gallery rows [G, P] are to ``queries`` [N, P] that ask for something else: [G].
 
     The logarithm of the mean of exp(SHARPNESS * cosine) over the queries, by SHARPNESS: between
-    their mean cosine and the highest.
+    their mean cosine and the highest. Queries that are a row's ``own`` (bool [G, N]) do not count;
+    0 where no others are left.
     """
-    queries = queries.to(gallery.dtype)
-    rows = [
-        torch.logsumexp(SHARPNESS * (part @ queries.T), dim=1)  # [BLOCK]
-        for part in gallery.split(BLOCK)
-    ]
-    return (torch.cat(rows) - math.log(len(queries))) / SHARPNESS
+    # In float64, so that equal rows get equal values wherever they stand: see recall.similarity.
+    cosines = gallery.double() @ queries.double().T  # [G, N]
+    count = torch.full((len(gallery),), len(queries))
+    if own is not None:
+        cosines = cosines.masked_fill(own, -torch.inf)
+        count = (~own).sum(1)
+    soft = (torch.logsumexp(SHARPNESS * cosines, dim=1) - count.double().log()) / SHARPNESS
+    return torch.where(count > 0, soft, 0.0).float()
 
 
 def with_discount(queries: Tensor, gallery: Tensor, off: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from vicvlm_cli.model.query_bank import QueryBank
 from vicvlm_cli.model.vlm import RetrievalModel
 from vicvlm_cli.report.progress import Progress
 
-SIZE = 2048  # captions, and pictures; at 256 dimensions 2 MB of a checkpoint
+SIZE = 2048  # pictures, and captions of them; at 256 dimensions 2 MB of a checkpoint
 
 
 def make_bank(
@@ -23,19 +23,14 @@ def make_bank(
     precision: str = "auto",
     progress: Progress,
 ) -> QueryBank:
-    """``SIZE`` captions and pictures of ``split``, or all there are, evenly spread over it.
+    """``SIZE`` pictures of ``split``, or all there are, evenly spread over it, with captions.
 
+    One caption of each; where there are fewer pictures, as many of each as ``SIZE`` allows.
     Pictures that cannot be read are left out.
     """
-    captions = [caption for group in split.captions for caption in group]
-    chosen = [captions[i] for i in _spread(len(captions))]
-    pictures = _spread(len(split))
-    texts = torch.empty(len(chosen), vlm.config.projection_dim)
-    for index, text in encode_text_batches(
-        vlm, tokenizer, chosen, device=device, precision=precision
-    ):
-        texts[index] = text.features.cpu()
-    images = []
+    number = min(len(split), SIZE)
+    pictures = [i * len(split) // number for i in range(number)]
+    images, read = [], []
     with progress.bar("query bank", len(pictures), "images") as bar:
         for batch in encode_image_batches(
             vlm,
@@ -45,11 +40,19 @@ def make_bank(
             precision=precision,
         ):
             images.append(batch.encoded.features.cpu())
+            read += batch.rows
             bar.advance(len(batch.rows) + len(batch.bad))
+    chosen = [split.captions[pictures[i]][: max(SIZE // number, 1)] for i in read]
+    captions = [caption for group in chosen for caption in group]
+    texts = torch.empty(len(captions), vlm.config.projection_dim)
+    for index, text in encode_text_batches(
+        vlm, tokenizer, captions, device=device, precision=precision
+    ):
+        texts[index] = text.features.cpu()
+    sizes = torch.tensor([len(group) for group in chosen])
     # What a checkpoint keeps: the weights are chosen with it, not with something finer.
-    return QueryBank(texts.half().float(), torch.cat(images).half().float())
-
-
-def _spread(count: int) -> list[int]:
-    number = min(count, SIZE)
-    return [i * count // number for i in range(number)]
+    return QueryBank(
+        texts.half().float(),
+        torch.cat(images).half().float(),
+        torch.arange(len(chosen)).repeat_interleave(sizes),
+    )
