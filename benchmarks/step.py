@@ -18,10 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from flops import operations
 from original_vicvlm import OriginalStep
 from rows import Row, alternate
 from steps import DEVICE, Step, config_of, make_batch, without_exact_cuts
-from torch.utils.flop_counter import FlopCounterMode
 
 from vicvlm_cli.device import keep_freed_memory, supports_bf16
 
@@ -156,9 +156,7 @@ def speed_row(
 
 def count_flops(name: str, call: Callable[[], None]) -> int:
     """Floating point operations of matrix products, convolutions and attention in one call."""
-    with FlopCounterMode(display=False) as counter:
-        call()
-    total: int = counter.get_total_flops()
+    total = operations(call)
     _tell(f"{name}: {total / 1e9:.0f} GFLOP")
     return total
 
