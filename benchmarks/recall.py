@@ -107,7 +107,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "itc-eval-128": (*ALONE, "model.eval_image_scale=1"),
     "itc-more-captions": (*ALONE, "data.more_captions=1"),
     **{f"itc-image-lr-{rate}": (*ALONE, f"pretrain.image_lr={rate}") for rate in ("1e-4", "4e-4")},
-    **{f"itc-lr-{rate}": (*ALONE, f"pretrain.lr={rate}") for rate in ("5e-4", "2e-3", "4e-3")},
+    **{f"itc-lr-{rate}": (*ALONE, f"pretrain.lr={rate}") for rate in ("1e-3", "4e-3")},
     **{f"itc-text-layers-{n}": (*ALONE, f"model.text_layers={n}") for n in (1, 2, 4)},
     **{f"itc-text-width-{n}": (*ALONE, f"model.text_width={n}") for n in (192, 384)},
     **{f"itc-temperature-{t}": (*ALONE, f"model.temperature={t}") for t in (0.03, 0.15)},
@@ -122,7 +122,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     **{f"clip+{name}": on_projections(**weights) for name, weights in PROJECTED.items()},
     **{
         f"clip+vicreg-lr-{rate}": (*on_projections(**SPREAD), f"pretrain.lr={rate}")
-        for rate in ("2e-3", "4e-3")
+        for rate in ("1e-3", "4e-3")
     },
     # The time that the frozen blocks take for their views is the run's.
     **{f"itc-cached-{n}": (*ALONE, *cached(n)) for n in (3, 6, 9)},
@@ -188,7 +188,9 @@ def run(
 
 
 @app.command()
-def report(budget: Annotated[str, typer.Option(help="XS, S or L.")] = "S") -> None:
+def report(
+    budget: Annotated[str, typer.Option(help="XS, S or L, or another folder of rows.")] = "S",
+) -> None:
     """The table of a budget, in Markdown."""
     runs = read_runs(RESULTS / budget, ROWS)
     if not runs:
