@@ -2,11 +2,11 @@
 
     python benchmarks/projection.py DATA --preset vicvlm-small-flickr30k --pairs 145000 --tflops 200
 
-Operations are counted, not timed; the minutes are these by ``--tflops``, what the GPU really does a
-second: about a fifth to a third of its dense bf16 peak for encoders of this size, if pictures are decoded
-beforehand. Memory is what autograd keeps of a step in bf16, weights, gradients, and AdamW's two
-moments. DATA is any prepared data set with captions like those in question, whose vocabulary is the
-text encoder's; the encoders' weights do not matter, and are random.
+Operations are counted, not timed; the minutes are these by ``--tflops``, what the GPU really does
+a second: about a fifth to a third of its dense bf16 peak for encoders of this size, if pictures are
+decoded beforehand. Memory is what autograd keeps of a step in bf16, weights, gradients, and AdamW's
+two moments. DATA is any prepared data set with captions like those in question, whose vocabulary is
+the text encoder's; the encoders' weights do not matter, and are random.
 """
 
 from __future__ import annotations
