@@ -51,9 +51,14 @@ def on_projections(**weights: float) -> tuple[str, ...]:
     return ("pretrain.objective=clip", *terms)
 
 
-def cached(blocks: int) -> tuple[str, ...]:
-    """Settings of eight views of each picture through so many frozen blocks, beforehand."""
-    return (f"pretrain.frozen_blocks={blocks}", "pretrain.cached_views=8")
+def cached(blocks: int, views: int = 8) -> tuple[str, ...]:
+    """Settings of some views of each picture through so many frozen blocks, beforehand."""
+    return (f"pretrain.frozen_blocks={blocks}", f"pretrain.cached_views={views}")
+
+
+def text_first(until: float, blocks: int = 12, views: int = 2) -> tuple[str, ...]:
+    """Settings of an image encoder that is frozen, its views cached, until a share of the run."""
+    return (*cached(blocks, views), f"pretrain.frozen_until={until}")
 
 
 ALONE = without(*OTHERS)
@@ -127,6 +132,11 @@ ROWS: dict[str, tuple[str, ...]] = {
     # The time that the frozen blocks take for their views is the run's.
     **{f"itc-cached-{n}": (*ALONE, *cached(n)) for n in (3, 6, 9)},
     **{f"clip+vicreg-cached-{n}": (*on_projections(**SPREAD), *cached(n)) for n in (3, 6, 9)},
+    **{
+        f"clip+vicreg-text-first-{share}": (*on_projections(**SPREAD), *text_first(share))
+        for share in (0.1, 0.2, 0.4)
+    },
+    **{f"itc-text-first-{share}": (*ALONE, *text_first(share)) for share in (0.1, 0.2, 0.4)},
 }
 
 

@@ -95,6 +95,7 @@ class TrainConfig:
     lr: float = 2.5e-4
     image_lr: float = 0.0  # 0: the same as lr
     frozen_blocks: int = 0  # lowest blocks of the image encoder that keep their weights
+    frozen_until: float = 1.0  # share of the run that they keep them for; then they train as well
     # Views of each picture that go through the frozen blocks beforehand, every second one mirrored;
     # 0: each view anew.
     cached_views: int = 0
@@ -178,5 +179,5 @@ POSITIVE = (
 NOT_NEGATIVE = (
     *("weight", "start", "ramp", "seed", "max_minutes", "image_lr", "weight_decay", "warmup"),
     *("validate_every", "validation_images", "rerank_top_k", "color_jitter", "text_dropout"),
-    *("more_captions", "frozen_blocks", "cached_views", "contrastive_batch"),
+    *("more_captions", "frozen_blocks", "frozen_until", "cached_views", "contrastive_batch"),
 )

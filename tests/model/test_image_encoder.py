@@ -294,5 +294,28 @@ def test_frozen_blocks_keep_their_weights_and_change_no_other_gradient() -> None
         torch.testing.assert_close(gradient, whole[name])
     encoder.freeze(0)
     assert all(p.requires_grad for p in encoder.parameters())
+    assert encoder.frozen_parameters() == []
     with pytest.raises(UserError, match="frozen_blocks=4 is more than the image encoder's 3"):
         encoder.freeze(4)
+
+
+def test_blocks_frozen_for_a_while_take_no_gradient_but_hand_a_mask_token_its_own() -> None:
+    encoder = ImageEncoder(NAME, 32, {**TINY, "depth": 3}, "learned")
+    x = torch.randn(2, 3, 32, 32)
+    encoder.freeze(2, for_good=False)
+    assert all(p.requires_grad for p in encoder.parameters())
+    encoder(x).square().sum().backward()
+    frozen = {id(p) for p in encoder.frozen_parameters()}
+    with_gradient = {id(p) for p in encoder.parameters() if p.grad is not None}
+    assert frozen and frozen | with_gradient == {id(p) for p in encoder.parameters()}
+    assert not frozen & with_gradient
+    gradients = []
+    for blocks in (0, 2):
+        encoder.freeze(blocks, for_good=False)
+        token = torch.zeros(encoder.width, requires_grad=True)
+        hidden = torch.zeros(2, encoder.num_patches, dtype=torch.bool)
+        hidden[:, 1] = True
+        encoder(x, hidden=hidden, mask_token=token).square().sum().backward()
+        gradients.append(token.grad)
+    assert gradients[0] is not None
+    torch.testing.assert_close(*gradients)

@@ -120,6 +120,24 @@ def test_a_resumed_run_finds_its_cached_views(scenes: Path, tmp_path: Path) -> N
     assert equal(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
 
 
+@pytest.mark.parametrize("at", [8, 11])
+def test_a_run_resumed_before_or_after_its_blocks_thaw_goes_on(
+    scenes: Path, tmp_path: Path, at: int
+) -> None:
+    settings = (
+        *("pretrain.frozen_blocks=1", "pretrain.frozen_until=0.5"),
+        *("pretrain.cached_views=2", "pretrain.epochs=3"),
+    )
+    whole = run(scenes, tmp_path / "whole", *settings)
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(at, patch, ctrl_c)
+        with pytest.raises(KeyboardInterrupt):
+            run(scenes, tmp_path / "parts", *settings)
+    pretrain(scenes, resume=tmp_path / "parts", progress=QUIET)
+    assert whole.steps == 18
+    assert equal(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+
+
 def test_a_run_that_dies_goes_on_from_its_last_save(scenes: Path, tmp_path: Path) -> None:
     settings = ("pretrain.state_minutes=0", "pretrain.epochs=3")
     run(scenes, tmp_path / "whole", *settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from vicvlm_cli.objectives import losses
 from vicvlm_cli.objectives.cached import CachedContrast
 from vicvlm_cli.objectives.clip import CLIP
 from vicvlm_cli.objectives.vicvlm import VicVLM
+from vicvlm_cli.settings import TrainConfig
 from vicvlm_cli.workflows import loop
 from vicvlm_cli.workflows.metrics import Metrics
 from vicvlm_cli.workflows.session import Session
@@ -241,6 +243,50 @@ def test_frozen_blocks_come_out_as_they_went_in(scenes: Path, tmp_path: Path) ->
     assert {k for k in before if k.startswith("image_encoder.vit.blocks.0.")} < same
     assert "image_encoder.vit.patch_embed.proj.weight" in same
     assert not any(k.startswith("image_encoder.vit.blocks.1.") for k in same)
+
+
+@pytest.mark.parametrize("views", [0, 2])
+def test_blocks_frozen_for_a_part_of_the_run_train_from_there_on(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, views: int
+) -> None:
+    seen: list[tuple[Tensor, ...]] = []
+    real = CLIP.after_step
+
+    def after_step(self: CLIP) -> None:
+        vit: Any = self.model.image_encoder.vit
+        kept = (vit.patch_embed.proj.weight, vit.blocks[0].mlp.fc1.weight)
+        seen.append(tuple(x.detach().clone() for x in (*kept, vit.blocks[1].mlp.fc1.weight)))
+        real(self)
+
+    monkeypatch.setattr(CLIP, "after_step", after_step)
+    pretrain(
+        scenes,
+        overrides=[
+            *BARE,
+            "model.image_options={patch_size = 8, embed_dim = 24, depth = 2, num_heads = 2}",
+            *("pretrain.objective=clip", "pretrain.frozen_blocks=1", "pretrain.frozen_until=0.5"),
+            f"pretrain.cached_views={views}",
+        ],
+        output=tmp_path / "run",
+        progress=QUIET,
+    )
+    assert len(seen) == 12
+    for name in range(2):  # of what is frozen
+        same = [torch.equal(a[name], b[name]) for a, b in itertools.pairwise(seen)]
+        assert same == [True] * 5 + [False] * 6
+    assert not any(torch.equal(a[2], b[2]) for a, b in itertools.pairwise(seen))
+    assert not (tmp_path / "run" / "views.npy").exists()
+
+
+def test_what_thaws_warms_up_from_there() -> None:
+    config = TrainConfig(warmup=0.1, final_lr=0.05, frozen_until=0.4)
+    assert loop.lr_factor(0.4, config, thaws=True) == pytest.approx(0, abs=1e-2)
+    half = loop.lr_factor(0.45, config) / 2
+    assert loop.lr_factor(0.45, config, thaws=True) == pytest.approx(half)
+    for progress in (0.5, 0.7, 1.0):
+        usual = loop.lr_factor(progress, config)
+        assert loop.lr_factor(progress, config, thaws=True) == pytest.approx(usual)
+    assert loop.lr_factor(0.1, config) == 1 and loop.lr_factor(1, config) == pytest.approx(0.05)
 
 
 def test_the_shortest_of_limits_counts(scenes: Path, tmp_path: Path) -> None:

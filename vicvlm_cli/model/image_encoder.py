@@ -92,10 +92,12 @@ class ImageEncoder(nn.Module):
         """Patches of one picture."""
         return self.grid[0] * self.grid[1]
 
-    def freeze(self, blocks: int) -> None:
+    def freeze(self, blocks: int, for_good: bool = True) -> None:
         """Let the lowest ``blocks``, and the embeddings below them, keep their weights.
 
-        Nothing is kept for their backward pass, and there is none. 0 frees all.
+        Nothing is kept for their backward pass, and there is none. 0 frees all. Where it is not
+        ``for_good`` they still want gradients, as processes must agree on from the beginning: what
+        they get (of mask tokens, which come in below them) is for the training to drop.
 
         Raises:
             UserError: there are not so many blocks.
@@ -107,11 +109,18 @@ class ImageEncoder(nn.Module):
             )
         self.requires_grad_(True)
         self.frozen = blocks
-        if blocks:
-            for name, parameter in vit.named_parameters():
-                if not name.startswith(("blocks.", "norm.", "fc_norm.")):
-                    parameter.requires_grad_(False)
-            vit.blocks[:blocks].requires_grad_(False)
+        if for_good:
+            for parameter in self.frozen_parameters():
+                parameter.requires_grad_(False)
+
+    def frozen_parameters(self) -> list[nn.Parameter]:
+        """Those of the frozen blocks and of the embeddings below them; none where none is."""
+        vit: Any = self.vit
+        if not self.frozen:
+            return []
+        above = ("blocks.", "norm.", "fc_norm.")
+        below = [p for name, p in vit.named_parameters() if not name.startswith(above)]
+        return [*below, *vit.blocks[: self.frozen].parameters()]
 
     @torch.no_grad()
     def begin(self, image: Tensor) -> Tensor:
@@ -145,12 +154,16 @@ class ImageEncoder(nn.Module):
         if begun is not None:
             assert keep is None and hidden is None, "the frozen blocks have seen the whole picture"
             return vit.norm(vit.blocks[self.frozen :](begun.float()))
-        x = self._embed(image, hidden, mask_token)
-        if keep is not None:
-            patches = x[:, self.prefix :]
-            index = keep.unsqueeze(-1).expand(-1, -1, x.shape[-1])
-            x = torch.cat([x[:, : self.prefix], patches.gather(1, index)], dim=1)
-        return vit.norm(vit.blocks(x))
+        # A mask token learns through the frozen blocks; nothing else below them does.
+        learns = torch.is_grad_enabled() and (not self.frozen or hidden is not None)
+        with torch.set_grad_enabled(learns):
+            x = self._embed(image, hidden, mask_token)
+            if keep is not None:
+                patches = x[:, self.prefix :]
+                index = keep.unsqueeze(-1).expand(-1, -1, x.shape[-1])
+                x = torch.cat([x[:, : self.prefix], patches.gather(1, index)], dim=1)
+            x = vit.blocks[: self.frozen](x)
+        return vit.norm(vit.blocks[self.frozen :](x))
 
     def _embed(
         self, image: Tensor, hidden: Tensor | None = None, mask_token: Tensor | None = None

@@ -36,10 +36,14 @@ NO_DECAY = ("embed", "bias", "norm", "token", "logit_scale")
 
 
 def parameter_groups(objective: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-    """AdamW groups: the image encoder and the rest, each with and without weight decay."""
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    """AdamW groups: the image encoder and the rest, each with and without weight decay.
+
+    What of the image encoder is frozen at first is apart: it has a warm-up of its own (``thaws``).
+    """
+    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     model: Any = objective.model
     of_images = {id(p) for p in model.image_encoder.parameters()}
+    frozen = {id(p) for p in model.image_encoder.frozen_parameters()}
     for name, parameter in objective.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -47,19 +51,24 @@ def parameter_groups(objective: nn.Module, config: TrainConfig) -> list[dict[str
         if id(parameter) in of_images and config.image_lr:
             lr = config.image_lr
         plain = parameter.ndim < 2 or any(word in name for word in NO_DECAY)
-        groups.setdefault((lr, 0.0 if plain else config.weight_decay), []).append(parameter)
+        decay = 0.0 if plain else config.weight_decay
+        groups.setdefault((lr, decay, id(parameter) in frozen), []).append(parameter)
     return [
-        {"params": p, "lr": lr, "peak_lr": lr, "weight_decay": decay}
-        for (lr, decay), p in groups.items()
+        {"params": p, "lr": lr, "peak_lr": lr, "weight_decay": decay, "thaws": thaws}
+        for (lr, decay, thaws), p in groups.items()
     ]
 
 
-def lr_factor(progress: float, config: TrainConfig) -> float:
-    """Share of the peak rate: linear warm-up, then a cosine down to ``final_lr``."""
-    if progress < config.warmup:
-        return max(progress / config.warmup, 1e-3)
-    rest = (progress - config.warmup) / max(1 - config.warmup, 1e-9)
-    return config.final_lr + (1 - config.final_lr) * (1 + math.cos(math.pi * min(rest, 1))) / 2
+def lr_factor(progress: float, config: TrainConfig, thaws: bool = False) -> float:
+    """Share of the peak rate: linear warm-up, then a cosine down to ``final_lr``.
+
+    What ``thaws`` at ``frozen_until`` warms up from there.
+    """
+    since = max(progress - config.frozen_until, 0.0) if thaws else progress
+    warm = max(since / config.warmup, 1e-3) if since < config.warmup else 1.0
+    rest = max(progress - config.warmup, 0.0) / max(1 - config.warmup, 1e-9)
+    cosine = (1 + math.cos(math.pi * min(rest, 1))) / 2
+    return warm * (config.final_lr + (1 - config.final_lr) * cosine)
 
 
 def total_steps(plan: Plan, config: TrainConfig) -> int:
@@ -134,7 +143,19 @@ def run_loop(
         return min(share, 1.0)
 
     views: Views | None = None
-    if config.cached_views:
+
+    def thaw() -> None:
+        """From here on the frozen blocks train as well."""
+        nonlocal views
+        model.image_encoder.freeze(0)
+        views = None
+        resting.clear()
+
+    temporary = config.frozen_until < 1
+    resting = model.image_encoder.frozen_parameters() if temporary else []
+    if resting and done() >= config.frozen_until:  # resumed
+        thaw()
+    elif config.cached_views:
         before, resumed = clock(), position.step > 0
         views = make_views(accelerator, model, rows, config, data, folder, resumed, progress)
         position.preparing += agreed(clock() - before)
@@ -189,11 +210,14 @@ def run_loop(
                         total = torch.stack([weights.get(k, 0.0) * v for k, v in values.items()])
                     with part("backward"):
                         accelerator.backward(total.sum())
+                        for parameter in resting:
+                            parameter.grad = None
                     with part("optimiser"):
                         if accelerator.sync_gradients:
                             accelerator.clip_grad_norm_(parameters, config.grad_clip)
                             for group in optimizer.param_groups:
-                                group["lr"] = group["peak_lr"] * lr_factor(share, config)
+                                factor = lr_factor(share, config, group["thaws"])
+                                group["lr"] = group["peak_lr"] * factor
                         optimizer.step()
                         optimizer.zero_grad()
                 metrics.add(position.step + 1, values, trivial)
@@ -208,6 +232,8 @@ def run_loop(
                 now = clock()
                 position.seconds = now - began
                 used, share = share, done()
+                if resting and share >= config.frozen_until:
+                    thaw()
                 due = config.validate_every > 0 and position.step % checks == 0
                 saving = position.step % LOG_STEPS == 0 and agreed(
                     now - last_state > 60 * config.state_minutes
