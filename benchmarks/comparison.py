@@ -49,7 +49,7 @@ def final_table(runs: dict[str, list[Result]], flops: Path) -> str:
             mark = "*" * (shortlist and kind == "dual")
             cells += [recalls(results, kind, way) + mark for way in WAYS]
         cells.append(f"{mean(r['pretrain']['pairs_per_second'] for r in results):.0f}")
-        cells.append(noted_gflop(flops / f"{name}.json"))
+        cells.append(noted_gflop(flops / f"{name}.json", results))
         cells.append(f"{max(r['pretrain']['peak_mb'] for r in results):,}")
         rows.append(cells)
     text = table(titles, rows)
@@ -72,9 +72,18 @@ def rsum(results: list[Result], kind: str) -> str:
     return spread([sum(t[way][k] for way in WAYS for k in KS) for t in tables])
 
 
-def noted_gflop(file: Path) -> str:
-    """What :func:`flops.note_gflop` kept in ``file``; a dash if there is nothing."""
-    return f"{json.loads(file.read_text('utf-8'))['gflop_per_pair']:.3g}" if file.exists() else "-"
+def noted_gflop(file: Path, results: list[Result]) -> str:
+    """What :func:`flops.note_gflop` kept in ``file``, for the pairs of ``results``; a dash if none.
+
+    Pairs that were seen while blocks were frozen count as such.
+    """
+    if not file.exists():
+        return "-"
+    costs: dict[str, float] = json.loads(file.read_text("utf-8"))
+    whole = costs["gflop_per_pair"]
+    runs = [r["pretrain"] for r in results]
+    frozen = mean(run.get("frozen_pairs", 0) / run["pairs"] for run in runs)
+    return f"{whole + frozen * (costs.get('frozen', whole) - whole):.3g}"
 
 
 def shared_table(runs: dict[str, list[Result]], against: str) -> str:

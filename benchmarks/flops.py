@@ -21,7 +21,7 @@ from vicvlm_cli.data.tokenizer import Tokenizer
 from vicvlm_cli.model.create import create_model
 from vicvlm_cli.objectives import create_objective, recipe_of
 from vicvlm_cli.objectives.ranks import Noise
-from vicvlm_cli.settings import TrainConfig
+from vicvlm_cli.settings import Config, TrainConfig
 from vicvlm_cli.workflows.loop import augment
 from vicvlm_cli.workflows.train import DEFAULT_PRESET, PRESET_OF_SOURCE
 
@@ -29,10 +29,18 @@ STEPS = 1000  # of an imagined run, whose schedule is averaged over
 
 
 def note_gflop(file: Path, data: Path, preset: str | None, settings: tuple[str, ...]) -> None:
-    """Keep :func:`gflop_per_pair` in ``file``, if it is not there yet."""
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, {"gflop_per_pair": gflop_per_pair(data, preset, settings)})
+    """Keep :func:`gflop_per_pair` in ``file``, if it is not there yet.
+
+    ``frozen`` beside it is of a pair while blocks are frozen for a part of the run.
+    """
+    if file.exists():
+        return
+    costs = {"gflop_per_pair": gflop_per_pair(data, preset, settings)}
+    if _config(PreparedDataset.open(data), preset, settings).pretrain.frozen_until < 1:
+        frozen = (*settings, "pretrain.frozen_until=1")
+        costs["frozen"] = gflop_per_pair(data, preset, frozen)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(file, costs)
 
 
 def operations(call: Callable[[], object]) -> int:
@@ -69,8 +77,7 @@ def one_step(
 ) -> Step:
     """A step of ``kind`` (or ``finetune``); the rest as :func:`gflop_per_pair`."""
     dataset = PreparedDataset.open(data)
-    preset = preset or PRESET_OF_SOURCE.get(dataset.manifest.source, DEFAULT_PRESET)
-    config = load_config(preset, None, settings, recipe_of=recipe_of)
+    config = _config(dataset, preset, settings)
     split = dataset.split("train")
     train: TrainConfig = getattr(config, kind)
     captions = [caption for group in split.captions for caption in group]
@@ -79,7 +86,8 @@ def one_step(
     else:
         tokenizer = Tokenizer.train(captions, config.model.vocab_size)
     model = create_model(config.model, tokenizer.vocab_size)
-    model.image_encoder.freeze(train.frozen_blocks)
+    fixed = train.frozen_until >= 1
+    model.image_encoder.freeze(train.frozen_blocks if fixed else 0)
     objective = create_objective(model, tokenizer, train).train()
 
     rows = Rows(
@@ -91,9 +99,14 @@ def one_step(
     batch = next(batches(rows, plan))
     noise = Noise(train.seed, 0, torch.device("cpu"))
     batch.image = augment(batch, model.config.image_size, config.data, noise)
-    if train.cached_views:
+    if train.cached_views and fixed:
         batch.begun = model.image_encoder.begin(model.normalize(batch.image))
     return Step(train, objective, batch, noise)
+
+
+def _config(dataset: PreparedDataset, preset: str | None, settings: tuple[str, ...]) -> Config:
+    preset = preset or PRESET_OF_SOURCE.get(dataset.manifest.source, DEFAULT_PRESET)
+    return load_config(preset, None, settings, recipe_of=recipe_of)
 
 
 def gflop_per_pair(
@@ -103,8 +116,9 @@ def gflop_per_pair(
 
     Matrix products, attention and convolutions count, a multiply-add as two; EMA targets and
     teachers too. Every set of losses that is on together in some step is measured once, on a real
-    batch, and counts as often as it is on: losses share passes, and do not add up. What
-    ``cached_views`` costs beforehand is not of a pair, and not in it.
+    batch, and counts as often as it is on: losses share passes, and do not add up. Blocks that are
+    frozen for a part of the run count as trained. What ``cached_views`` costs beforehand is not of
+    a pair, and not in it.
 
     Args:
         preset: None is the data set's own.

@@ -208,7 +208,7 @@ def report(
     rows = []
     for name, results in runs.items():
         cells = [name, str(len(results)), f"{mean(r['pretrain']['pairs'] for r in results):,.0f}"]
-        cells.append(noted_gflop(RESULTS / "flops" / f"{name}.json"))
+        cells.append(noted_gflop(RESULTS / "flops" / f"{name}.json", results))
         for kind in ("dual", "banked", "reranked"):
             cells += [*(recalls(results, kind, way) for way in WAYS), rsum(results, kind)]
         rows.append(cells)
