@@ -137,6 +137,27 @@ ROWS: dict[str, tuple[str, ...]] = {
         for share in (0.1, 0.2, 0.4)
     },
     **{f"itc-text-first-{share}": (*ALONE, *text_first(share)) for share in (0.1, 0.2, 0.4)},
+    # Further levers, on top of both.
+    **{
+        f"text-first-{name}": (*on_projections(**SPREAD), *text_first(0.15), *settings)
+        for name, settings in {
+            "size-96": ("model.image_size=96", "model.eval_image_scale=1.34"),
+            "batch-96": ("pretrain.batch_size=96",),
+            "batch-384": ("pretrain.batch_size=384",),
+            "image-lr-1e-4": ("pretrain.image_lr=1e-4",),
+            "image-lr-4e-4": ("pretrain.image_lr=4e-4",),
+            "lr-1e-3": ("pretrain.lr=1e-3",),
+            "lr-4e-3": ("pretrain.lr=4e-3",),
+            "vicreg-off": (
+                "pretrain.losses.variance.weight=0",
+                "pretrain.losses.covariance.weight=0",
+            ),
+            "warmup-0.03": ("pretrain.warmup=0.03",),
+            "crop-0.4": ("data.crop_scale=0.4",),
+            "more-captions": ("data.more_captions=1",),
+            "temperature-0.03": ("model.temperature=0.03",),
+        }.items()
+    },
 }
 
 
