@@ -21,6 +21,7 @@ from vicvlm_cli.objectives.ranks import Noise
 from vicvlm_cli.objectives.vicreg import TERMS
 from vicvlm_cli.objectives.vicvlm import VicVLM
 from vicvlm_cli.settings import LossConfig, TrainConfig
+from vicvlm_cli.workflows.views import check_views
 
 CPU = torch.device("cpu")
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -269,9 +270,12 @@ def test_the_recipe_names_losses_that_there_are(
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_method_fits_the_preset_for_photographs(name: str) -> None:
     wanted = [f"pretrain.objective={name}", "model.image_weights=''"]
-    config = load_config("vicvlm-tiny-photos", overrides=wanted, recipe_of=recipe_of).model
+    whole = load_config("vicvlm-tiny-photos", overrides=wanted, recipe_of=recipe_of)
+    config = whole.model
     model = create_model(config, 100)
     assert model.eval_image_size == (128 if config.fusion == "concat" else 160)
+    check_views(model, whole.pretrain)
+    model.image_encoder.freeze(whole.pretrain.frozen_blocks)
 
 
 def test_without_a_preset_the_method_brings_its_losses(tmp_path: Path) -> None:

@@ -25,6 +25,9 @@ from vicvlm_cli.objectives.ranks import Noise, gather, gather_padded, rank
 from vicvlm_cli.objectives.retrieval import Losses
 from vicvlm_cli.objectives.transport import alignment_distance
 
+# Words and patches share every block: none of them is a picture's own, to be frozen or kept.
+ALL_TRAIN = {"frozen_blocks": 0, "cached_views": 0}
+
 
 class ViLT(nn.Module):
     """ITM, MLM and word-patch alignment in a single stream (arXiv 2102.03334, sec. 3.2).
@@ -41,7 +44,10 @@ class ViLT(nn.Module):
     CACHES_CONTRAST: ClassVar[bool] = True
     RECIPE: ClassVar[dict[str, Any]] = {
         "model": {"fusion": "single_stream"},
-        "pretrain": {"losses": {"itc": {}, "itm": {}, "mlm": {}, "wpa": {"weight": 0.1}}},
+        "pretrain": {
+            "losses": {"itc": {}, "itm": {}, "mlm": {}, "wpa": {"weight": 0.1}},
+            **ALL_TRAIN,
+        },
         "finetune": {
             "objective": "vilt_ranking",
             "losses": {"itc": {}, "ranking": {}, "itm": {"weight": 0.5}},
@@ -161,7 +167,7 @@ class ViLTRanking(nn.Module):
     CACHES_CONTRAST: ClassVar[bool] = True
     RECIPE: ClassVar[dict[str, Any]] = {
         "model": {"fusion": "single_stream"},
-        "pretrain": {"losses": {"itc": {}, "ranking": {}, "itm": {"weight": 0.5}}},
+        "pretrain": {"losses": {"itc": {}, "ranking": {}, "itm": {"weight": 0.5}}, **ALL_TRAIN},
         "finetune": ViLT.RECIPE["finetune"],
     }
 
