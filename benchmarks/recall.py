@@ -139,7 +139,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     **{f"itc-text-first-{share}": (*ALONE, *text_first(share)) for share in (0.1, 0.2, 0.4)},
     # Further levers, on top of both.
     **{
-        f"text-first-{name}": (*on_projections(**SPREAD), *text_first(0.15), *settings)
+        f"text-first-{name}": (*on_projections(**SPREAD), *text_first(0.1), *settings)
         for name, settings in {
             "size-96": ("model.image_size=96", "model.eval_image_scale=1.34"),
             "batch-96": ("pretrain.batch_size=96",),
@@ -153,6 +153,8 @@ ROWS: dict[str, tuple[str, ...]] = {
                 "pretrain.losses.covariance.weight=0",
             ),
             "warmup-0.03": ("pretrain.warmup=0.03",),
+            "dropout-0.3": ("model.text_dropout=0.3",),
+            "word-dropout-0.2": ("data.word_dropout=0.2",),
             "crop-0.4": ("data.crop_scale=0.4",),
             "more-captions": ("data.more_captions=1",),
             "temperature-0.03": ("model.temperature=0.03",),

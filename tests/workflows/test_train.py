@@ -16,6 +16,7 @@ from tiny_training import BARE, LOSSES, QUIET, Heard, equal, rows, run, weights
 from torch import Tensor
 
 from vicvlm_cli.checkpoint import load_model
+from vicvlm_cli.data.batches import Batch
 from vicvlm_cli.data.prepared import PreparedDataset
 from vicvlm_cli.errors import UserError
 from vicvlm_cli.objectives import losses
@@ -287,6 +288,29 @@ def test_what_thaws_warms_up_from_there() -> None:
         usual = loop.lr_factor(progress, config)
         assert loop.lr_factor(progress, config, thaws=True) == pytest.approx(usual)
     assert loop.lr_factor(0.1, config) == 1 and loop.lr_factor(1, config) == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize("more", [0, 2])
+def test_a_share_of_the_words_is_hidden_from_training(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: int
+) -> None:
+    shares: list[float] = []
+    real = CLIP.forward
+
+    def forward(self: CLIP, batch: Batch, *rest: Any) -> Any:
+        ids, mask = batch.input_ids, batch.attention_mask
+        if more:
+            assert batch.more_ids is not None and batch.more_mask is not None
+            ids, mask = batch.more_ids, batch.more_mask
+        words = mask & (ids != 2) & (ids != 3)  # but [CLS] and [SEP]
+        shares.append(float((ids[words] == 4).float().mean()))  # [MASK]
+        return real(self, batch, *rest)
+
+    monkeypatch.setattr(CLIP, "forward", forward)
+    settings = ["pretrain.objective=clip", "data.word_dropout=0.3", f"data.more_captions={more}"]
+    pretrain(scenes, overrides=[*BARE, *settings], output=tmp_path / "run", progress=QUIET)
+    assert len(shares) == 12
+    assert sum(shares) / 12 == pytest.approx(0.3, abs=0.06)
 
 
 def test_the_shortest_of_limits_counts(scenes: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vicvlm_cli.data.batches import Batch, Plan, batches
 from vicvlm_cli.data.prepared import Split
 from vicvlm_cli.data.tokenizer import Tokenizer
-from vicvlm_cli.data.transforms import Draws, augmented
+from vicvlm_cli.data.transforms import Draws, augmented, drop_words
 from vicvlm_cli.errors import UserError
 from vicvlm_cli.objectives.ranks import Noise, seed_modules
 from vicvlm_cli.report.progress import Progress
@@ -89,6 +89,22 @@ def augment(batch: Batch, size: int, data: DataConfig, noise: Noise) -> Tensor:
     flip = batch.flip_ok & (noise.rand(rows) < 0.5) & data.flip
     draws = Draws(flip, noise.rand(rows, 4), noise.rand(rows, 3))
     return augmented(batch.image, size, data, draws)
+
+
+def drop_captions_words(
+    batch: Batch, data: DataConfig, tokenizer: Tokenizer, max_tokens: int, noise: Noise
+) -> None:
+    """Hide a share ``data.word_dropout`` of the tokens of all captions of ``batch``."""
+    special = torch.tensor(tokenizer.special_ids(), device=batch.input_ids.device)
+    share, mask = data.word_dropout, tokenizer.mask_id
+    # Noise for max_tokens columns: as many whatever the longest caption of a process is.
+    rows, length = batch.input_ids.shape
+    draw = noise.rand(rows, max_tokens)[:, :length]
+    batch.input_ids = drop_words(batch.input_ids, draw, share, special, mask)
+    if batch.more_ids is not None:
+        _, more, length = batch.more_ids.shape
+        draw = noise.rand(rows, more, max_tokens)[..., :length]
+        batch.more_ids = drop_words(batch.more_ids, draw, share, special, mask)
 
 
 def run_loop(
@@ -173,9 +189,12 @@ def run_loop(
             seed_modules(config.seed, number)
         with part("augment"):
             if views is not None:
-                return views.choose(batch, number, accelerator.device), noise
-            batch = batch.to(accelerator.device)
-            batch.image = augment(batch, model.config.image_size, data, noise)
+                batch = views.choose(batch, number, accelerator.device)
+            else:
+                batch = batch.to(accelerator.device)
+                batch.image = augment(batch, model.config.image_size, data, noise)
+            if data.word_dropout > 0:
+                drop_captions_words(batch, data, tokenizer, model.config.max_tokens, noise)
         return batch, noise
 
     def first_pass(*arguments: Any) -> None:
