@@ -36,8 +36,8 @@ def note_gflop(file: Path, data: Path, preset: str | None, settings: tuple[str, 
     if file.exists():
         return
     costs = {"gflop_per_pair": gflop_per_pair(data, preset, settings)}
-    if _config(PreparedDataset.open(data), preset, settings).pretrain.frozen_until < 1:
-        frozen = (*settings, "pretrain.frozen_until=1")
+    if _config(PreparedDataset.open(data), preset, settings).pretrain.frozen_epochs:
+        frozen = (*settings, "pretrain.frozen_epochs=0")
         costs["frozen"] = gflop_per_pair(data, preset, frozen)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_whole(file, costs)
@@ -86,7 +86,7 @@ def one_step(
     else:
         tokenizer = Tokenizer.train(captions, config.model.vocab_size)
     model = create_model(config.model, tokenizer.vocab_size)
-    fixed = train.frozen_until >= 1
+    fixed = not train.frozen_epochs
     model.image_encoder.freeze(train.frozen_blocks if fixed else 0)
     objective = create_objective(model, tokenizer, train).train()
 

@@ -56,9 +56,9 @@ def cached(blocks: int, views: int = 8) -> tuple[str, ...]:
     return (f"pretrain.frozen_blocks={blocks}", f"pretrain.cached_views={views}")
 
 
-def text_first(until: float, blocks: int = 12, views: int = 2) -> tuple[str, ...]:
-    """Settings of an image encoder that is frozen, its views cached, until a share of the run."""
-    return (*cached(blocks, views), f"pretrain.frozen_until={until}")
+def text_first(epochs: float) -> tuple[str, ...]:
+    """Settings of an image encoder that is frozen for some epochs, its views cached."""
+    return (*cached(12, 2), f"pretrain.frozen_epochs={epochs}")
 
 
 ALONE = without(*OTHERS)
@@ -154,16 +154,17 @@ ROWS: dict[str, tuple[str, ...]] = {
     **{f"itc-cached-{n}": (*ALONE, *cached(n)) for n in (3, 6, 9)},
     **{f"clip+vicreg-cached-{n}": (*on_projections(**SPREAD), *cached(n)) for n in (3, 6, 9)},
     **{
-        f"clip+vicreg-text-first-{share}": (*on_projections(**SPREAD), *text_first(share))
-        for share in (0.1, 0.2, 0.4)
+        f"clip+vicreg-text-first-{n}": (*on_projections(**SPREAD), *text_first(n))
+        for n in (3, 6, 12)
     },
-    **{f"itc-text-first-{share}": (*ALONE, *text_first(share)) for share in (0.1, 0.2, 0.4)},
+    **{f"itc-text-first-{n}": (*ALONE, *text_first(n)) for n in (3, 6, 12)},
+    **{f"vicvlm-text-first-{n}": text_first(n) for n in (3, 6, 12)},
     # Further levers, on top of both; and the text side's on a picture side that stays frozen, which
     # a few minutes tell apart.
     "frozen": (*on_projections(**SPREAD), *cached(12, 2)),
     **{
         f"{start}-{name}": (*on_projections(**SPREAD), *settings, *more)
-        for start, settings in {"text-first": text_first(0.1), "frozen": cached(12, 2)}.items()
+        for start, settings in {"text-first": text_first(6), "frozen": cached(12, 2)}.items()
         for name, more in LEVERS.items()
     },
 }

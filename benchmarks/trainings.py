@@ -156,19 +156,15 @@ def _train(
             if code and time.monotonic() < until:
                 raise SystemExit(f"{run.key} failed; {folder.parent / 'log.txt'} says why")
             raise Unfinished
-    return json.loads(result.read_text("utf-8")) | known | _frozen_pairs(folder, settings)
+    trained: dict[str, Any] = json.loads(result.read_text("utf-8"))
+    return trained | known | {"frozen_pairs": _frozen_pairs(folder)}
 
 
-def _frozen_pairs(folder: Path, settings: Sequence[str]) -> dict[str, int]:
-    """Pairs seen while blocks were frozen, if they are for a part of the run; within ten steps."""
-    for setting in settings:
-        key, _, value = setting.partition("=")
-        if key.endswith(".frozen_until"):
-            lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
-            rows = [row for row in map(json.loads, lines) if row["kind"] == "train"]
-            seen = [row["pairs"] for row in rows if row["progress"] < float(value)]
-            return {"frozen_pairs": max(seen, default=0)}
-    return {}
+def _frozen_pairs(folder: Path) -> int:
+    """Pairs seen while blocks were frozen, within ten steps."""
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text("utf-8").splitlines())
+    seen = (r["pairs"] for r in rows if r["kind"] == "train" and r.get("frozen_blocks"))
+    return max(seen, default=0)
 
 
 def _vicvlm(words: list[str], folder: Path, until: float | None) -> tuple[int, str, int]:

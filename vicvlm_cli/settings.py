@@ -96,7 +96,8 @@ class TrainConfig:
     lr: float = 2.5e-4
     image_lr: float = 0.0  # 0: the same as lr
     frozen_blocks: int = 0  # lowest blocks of the image encoder that keep their weights
-    frozen_until: float = 1.0  # share of the run that they keep them for; then they train as well
+    # After so many epochs, or a quarter of the run, they train as well; 0: never.
+    frozen_epochs: float = 0.0
     # Views of each picture that go through the frozen blocks beforehand, every second one mirrored;
     # 0: each view anew.
     cached_views: int = 0
@@ -181,5 +182,5 @@ NOT_NEGATIVE = (
     *("weight", "start", "ramp", "seed", "max_minutes", "image_lr", "weight_decay", "warmup"),
     *("validate_every", "validation_images", "rerank_top_k", "color_jitter", "text_dropout"),
     "word_dropout",
-    *("more_captions", "frozen_blocks", "frozen_until", "cached_views", "contrastive_batch"),
+    *("more_captions", "frozen_blocks", "frozen_epochs", "cached_views", "contrastive_batch"),
 )

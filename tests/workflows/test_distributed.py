@@ -24,7 +24,7 @@ SETTINGS = [
     *("pretrain.options.masked_stride=2", "pretrain.validate_every=1"),
     *("data.crop_scale=0.6", "data.word_dropout=0.2"),
     # The image encoder's only block joins on the way, and its processes must agree on that too.
-    *("pretrain.frozen_blocks=1", "pretrain.frozen_until=0.4"),
+    *("pretrain.frozen_blocks=1", "pretrain.frozen_epochs=0.5"),
 ]
 Results = list[dict[str, dict[str, Tensor]]]
 

@@ -246,9 +246,9 @@ def test_frozen_blocks_come_out_as_they_went_in(scenes: Path, tmp_path: Path) ->
     assert not any(k.startswith("image_encoder.vit.blocks.1.") for k in same)
 
 
-@pytest.mark.parametrize("views", [0, 2])
+@pytest.mark.parametrize(("views", "epochs"), [(0, 0.5), (2, 0.5), (2, 1.5)])
 def test_blocks_frozen_for_a_part_of_the_run_train_from_there_on(
-    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, views: int
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, views: int, epochs: float
 ) -> None:
     seen: list[tuple[Tensor, ...]] = []
     real = CLIP.after_step
@@ -265,28 +265,29 @@ def test_blocks_frozen_for_a_part_of_the_run_train_from_there_on(
         overrides=[
             *BARE,
             "model.image_options={patch_size = 8, embed_dim = 24, depth = 2, num_heads = 2}",
-            *("pretrain.objective=clip", "pretrain.frozen_blocks=1", "pretrain.frozen_until=0.5"),
-            f"pretrain.cached_views={views}",
+            *("pretrain.objective=clip", "pretrain.frozen_blocks=1", "pretrain.epochs=4"),
+            *(f"pretrain.cached_views={views}", f"pretrain.frozen_epochs={epochs}"),
         ],
         output=tmp_path / "run",
         progress=QUIET,
     )
-    assert len(seen) == 12
+    assert len(seen) == 24
+    thawed = 3 if epochs == 0.5 else 6  # steps; never later than after a quarter of the run
     for name in range(2):  # of what is frozen
         same = [torch.equal(a[name], b[name]) for a, b in itertools.pairwise(seen)]
-        assert same == [True] * 5 + [False] * 6
+        assert same == [True] * (thawed - 1) + [False] * (24 - thawed)
     assert not any(torch.equal(a[2], b[2]) for a, b in itertools.pairwise(seen))
     assert not (tmp_path / "run" / "views.npy").exists()
 
 
 def test_what_thaws_warms_up_from_there() -> None:
-    config = TrainConfig(warmup=0.1, final_lr=0.05, frozen_until=0.4)
-    assert loop.lr_factor(0.4, config, thaws=True) == pytest.approx(0, abs=1e-2)
+    config = TrainConfig(warmup=0.1, final_lr=0.05)
+    assert loop.lr_factor(0.4, config, begins=0.4) == pytest.approx(0, abs=1e-2)
     half = loop.lr_factor(0.45, config) / 2
-    assert loop.lr_factor(0.45, config, thaws=True) == pytest.approx(half)
+    assert loop.lr_factor(0.45, config, begins=0.4) == pytest.approx(half)
     for progress in (0.5, 0.7, 1.0):
         usual = loop.lr_factor(progress, config)
-        assert loop.lr_factor(progress, config, thaws=True) == pytest.approx(usual)
+        assert loop.lr_factor(progress, config, begins=0.4) == pytest.approx(usual)
     assert loop.lr_factor(0.1, config) == 1 and loop.lr_factor(1, config) == pytest.approx(0.05)
 
 

@@ -31,6 +31,7 @@ from vicvlm_cli.workflows.stopping import StopAtStep
 from vicvlm_cli.workflows.views import Views, make_views
 
 T = TypeVar("T")
+MOST_FROZEN = 0.25  # share of a run that blocks are frozen for if they are to train as well
 # Never decayed: they are few, and their size means something (biases, norms, embeddings, scale).
 NO_DECAY = ("embed", "bias", "norm", "token", "logit_scale")
 
@@ -59,12 +60,12 @@ def parameter_groups(objective: nn.Module, config: TrainConfig) -> list[dict[str
     ]
 
 
-def lr_factor(progress: float, config: TrainConfig, thaws: bool = False) -> float:
+def lr_factor(progress: float, config: TrainConfig, begins: float = 0.0) -> float:
     """Share of the peak rate: linear warm-up, then a cosine down to ``final_lr``.
 
-    What ``thaws`` at ``frozen_until`` warms up from there.
+    What ``begins`` to train at a share of the run warms up from there.
     """
-    since = max(progress - config.frozen_until, 0.0) if thaws else progress
+    since = max(progress - begins, 0.0)
     warm = max(since / config.warmup, 1e-3) if since < config.warmup else 1.0
     rest = max(progress - config.warmup, 0.0) / max(1 - config.warmup, 1e-9)
     cosine = (1 + math.cos(math.pi * min(rest, 1))) / 2
@@ -161,15 +162,15 @@ def run_loop(
     views: Views | None = None
 
     def thaw() -> None:
-        """From here on the frozen blocks train as well."""
+        """Let the frozen blocks train as well."""
         nonlocal views
         model.image_encoder.freeze(0)
         views = None
         resting.clear()
 
-    temporary = config.frozen_until < 1
-    resting = model.image_encoder.frozen_parameters() if temporary else []
-    if resting and done() >= config.frozen_until:  # resumed
+    resting = model.image_encoder.frozen_parameters() if config.frozen_epochs else []
+    last_frozen = math.ceil(config.frozen_epochs * plan.batches / config.step_batches)
+    if position.thawed is not None:
         thaw()
     elif config.cached_views:
         before, resumed = clock(), position.step > 0
@@ -235,7 +236,8 @@ def run_loop(
                         if accelerator.sync_gradients:
                             accelerator.clip_grad_norm_(parameters, config.grad_clip)
                             for group in optimizer.param_groups:
-                                factor = lr_factor(share, config, group["thaws"])
+                                begins = (position.thawed or 0.0) if group["thaws"] else 0.0
+                                factor = lr_factor(share, config, begins)
                                 group["lr"] = group["peak_lr"] * factor
                         optimizer.step()
                         optimizer.zero_grad()
@@ -251,7 +253,8 @@ def run_loop(
                 now = clock()
                 position.seconds = now - began
                 used, share = share, done()
-                if resting and share >= config.frozen_until:
+                if resting and (position.step >= last_frozen or share >= MOST_FROZEN):
+                    position.thawed = share
                     thaw()
                 due = config.validate_every > 0 and position.step % checks == 0
                 saving = position.step % LOG_STEPS == 0 and agreed(
@@ -267,6 +270,7 @@ def run_loop(
                             progress=round(share, 5),
                             seconds=round(position.seconds, 3),
                             pairs=position.pairs,
+                            frozen_blocks=model.image_encoder.frozen,
                             lr=config.lr * lr_factor(share, config),
                             pairs_per_second=round(
                                 (position.pairs - pairs_flushed) / (now - last_flush), 1

@@ -25,6 +25,7 @@ class Position:
     validation: list[dict[str, Any]] = field(default_factory=list)
     losses: dict[str, Any] = field(default_factory=dict)
     best: float = -1.0
+    thawed: float | None = None  # share of the run at which the frozen blocks began to train
 
 
 def save_run_state(

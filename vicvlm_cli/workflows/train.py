@@ -208,7 +208,7 @@ def _train(
         data.more_captions,
     )
     check_views(job.model, config)
-    job.model.image_encoder.freeze(config.frozen_blocks, for_good=config.frozen_until >= 1)
+    job.model.image_encoder.freeze(config.frozen_blocks, for_good=not config.frozen_epochs)
     objective = create_objective(job.model, job.tokenizer, config)
     groups = parameter_groups(objective, config)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
