@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vicvlm_cli.errors import UsageError
-from vicvlm_cli.settings import CHOICES, NOT_NEGATIVE, POSITIVE, Config, TrainConfig
+from vicvlm_cli.settings import BELOW_ONE, CHOICES, NOT_NEGATIVE, POSITIVE, Config, TrainConfig
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -66,6 +66,8 @@ def _build(cls: type[T], mapping: Mapping[str, Any], where: str, problems: list[
             problems.append(f"{path} is {raw!r}, and must be above 0")
         if key in NOT_NEGATIVE and number < 0:
             problems.append(f"{path} is {raw!r}, and must not be below 0")
+        if key in BELOW_ONE and number >= 1:
+            problems.append(f"{path} is {raw!r}, and must be below 1")
     return cls(**values)
 
 

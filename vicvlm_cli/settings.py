@@ -51,7 +51,7 @@ class DataConfig:
     crop_scale: float = 0.5  # smallest area of a random crop, as a share of the picture
     flip: bool = True  # only where the caption names no side
     color_jitter: float = 0.0  # off: captions name colours
-    word_dropout: float = 0.0  # share of a caption's tokens that are hidden from training
+    word_dropout: float = 0.0  # share of the captions' words that are hidden from training
     workers: int = -1  # loader processes; -1: one a spare core
     # Pictures are decoded once, into a file beside the data set, if cache is on; else once into
     # memory, if all of them fit in cache_mb; else every time.
@@ -181,6 +181,7 @@ POSITIVE = (
 NOT_NEGATIVE = (
     *("weight", "start", "ramp", "seed", "max_minutes", "image_lr", "weight_decay", "warmup"),
     *("validate_every", "validation_images", "rerank_top_k", "color_jitter", "text_dropout"),
-    "word_dropout",
-    *("more_captions", "frozen_blocks", "frozen_epochs", "cached_views", "contrastive_batch"),
+    *("more_captions", "word_dropout"),
+    *("frozen_blocks", "frozen_epochs", "cached_views", "contrastive_batch"),
 )
+BELOW_ONE = ("text_dropout", "word_dropout")

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from vicvlm_cli.data.transforms import (
     color_jitter,
-    drop_words,
     image_to_array,
     names_no_side,
     random_crop,
@@ -159,13 +158,3 @@ def test_colours_change_as_drawn_and_no_more() -> None:
     torch.testing.assert_close(color_jitter(image, 0.4, greyer), gray + 0.6 * (image - gray))
     strong = color_jitter(image * 1.5, 1.0, torch.ones(2, 3))
     assert float(strong.max()) <= 255 and float(strong.min()) >= 0
-
-
-def test_words_are_dropped_by_their_noise_and_special_tokens_never() -> None:
-    ids = torch.tensor([[2, 9, 8, 7, 3], [2, 6, 3, 0, 0]])
-    noise = torch.tensor([[0.0, 0.1, 0.3, 0.9, 0.0], [0.0, 0.29, 0.0, 0.0, 0.0]])
-    special = torch.tensor([0, 1, 2, 3, 4])
-    got = drop_words(ids, noise, 0.3, special, mask=4)
-    assert got.tolist() == [[2, 4, 8, 7, 3], [2, 4, 3, 0, 0]]
-    assert ids[0, 1] == 9  # the batch's own are left as they were
-    assert torch.equal(drop_words(ids, noise, 0.0, special, mask=4), ids)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vicvlm_cli.errors import UsageError
 from vicvlm_cli.objectives.masked_language import positions
-from vicvlm_cli.objectives.masking import check_block, mask_patches, mask_words
+from vicvlm_cli.objectives.masking import check_block, drop_words, mask_patches, mask_words
 
 
 def uniform(*shape: int, seed: int = 0) -> Tensor:
@@ -153,3 +153,17 @@ def test_places_of_hidden_words_in_the_order_of_a_mask() -> None:
     x = torch.arange(12).view(3, 4)
     assert torch.equal(x.gather(1, at)[real], x[hidden])
     assert positions(torch.zeros(2, 4, dtype=torch.bool))[0].shape == (2, 1)
+
+
+def test_whole_words_are_dropped_each_by_its_own_draw_and_special_tokens_never() -> None:
+    ids = torch.tensor([[2, 9, 7, 7, 8, 3], [2, 6, 3, 0, 0, 0]])
+    continuation, special = torch.zeros(10, dtype=torch.bool), torch.zeros(10, dtype=torch.bool)
+    continuation[7] = True  # "9 ##7 ##7" is one word
+    special[:5] = True
+    noise = torch.tensor([[0.0, 0.1, 0.9, 0.0, 0.0, 0.9], [0.0, 0.31, 0.0, 0.0, 0.0, 0.0]])
+    hidden = drop_words(ids, continuation, special, noise, 0.3)
+    assert hidden.int().tolist() == [[0, 1, 1, 1, 0, 0], [0, 0, 0, 0, 0, 0]]
+    assert not drop_words(ids, continuation, special, noise, 0.0).any()
+    many = torch.full((4000, 6), 5)
+    got = drop_words(many, continuation, special, torch.rand(4000, 6), 0.3)
+    assert float(got.float().mean()) == pytest.approx(0.3, abs=0.02)

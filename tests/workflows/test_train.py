@@ -19,7 +19,7 @@ from vicvlm_cli.checkpoint import load_model
 from vicvlm_cli.data.batches import Batch
 from vicvlm_cli.data.prepared import PreparedDataset
 from vicvlm_cli.errors import UserError
-from vicvlm_cli.objectives import losses
+from vicvlm_cli.objectives import create_objective, losses
 from vicvlm_cli.objectives.cached import CachedContrast
 from vicvlm_cli.objectives.clip import CLIP
 from vicvlm_cli.objectives.vicvlm import VicVLM
@@ -251,11 +251,13 @@ def test_blocks_frozen_for_a_part_of_the_run_train_from_there_on(
     scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, views: int, epochs: float
 ) -> None:
     seen: list[tuple[Tensor, ...]] = []
+    kept_views: list[bool] = []
     real = CLIP.after_step
 
     def after_step(self: CLIP) -> None:
         vit: Any = self.model.image_encoder.vit
         kept = (vit.patch_embed.proj.weight, vit.blocks[0].mlp.fc1.weight)
+        kept_views.append((tmp_path / "run" / "views.npy").exists())
         seen.append(tuple(x.detach().clone() for x in (*kept, vit.blocks[1].mlp.fc1.weight)))
         real(self)
 
@@ -277,7 +279,7 @@ def test_blocks_frozen_for_a_part_of_the_run_train_from_there_on(
         same = [torch.equal(a[name], b[name]) for a, b in itertools.pairwise(seen)]
         assert same == [True] * (thawed - 1) + [False] * (24 - thawed)
     assert not any(torch.equal(a[2], b[2]) for a, b in itertools.pairwise(seen))
-    assert not (tmp_path / "run" / "views.npy").exists()
+    assert kept_views == [views > 0] * thawed + [False] * (24 - thawed)
 
 
 def test_what_thaws_warms_up_from_there() -> None:
@@ -289,6 +291,47 @@ def test_what_thaws_warms_up_from_there() -> None:
         usual = loop.lr_factor(progress, config)
         assert loop.lr_factor(progress, config, begins=0.4) == pytest.approx(usual)
     assert loop.lr_factor(0.1, config) == 1 and loop.lr_factor(1, config) == pytest.approx(0.05)
+
+
+def test_blocks_that_are_frozen_for_a_while_keep_their_weights_whatever_the_method(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[Tensor, dict[bool, float]]] = []
+    real = torch.optim.AdamW.step
+
+    def step(self: torch.optim.AdamW, *arguments: Any) -> Any:
+        result = real(self, *arguments)
+        vit = made[0].model.image_encoder.vit
+        rates = {group["thaws"]: group["lr"] for group in self.param_groups}
+        seen.append((vit.blocks[0].mlp.fc1.weight.detach().clone(), rates))
+        return result
+
+    made: list[Any] = []
+
+    def create(*arguments: Any) -> torch.nn.Module:
+        made.append(create_objective(*arguments))
+        return made[0]
+
+    monkeypatch.setattr("vicvlm_cli.workflows.train.create_objective", create)
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    pretrain(
+        scenes,
+        overrides=[
+            *BARE,
+            "model.image_options={patch_size = 8, embed_dim = 24, depth = 2, num_heads = 2}",
+            # MAMO's mask tokens come in below the frozen block, and learn through it.
+            *("pretrain.objective=mamo", "pretrain.epochs=4", "pretrain.warmup=0.2"),
+            *("pretrain.frozen_blocks=1", "pretrain.frozen_epochs=0.5"),
+        ],
+        output=tmp_path / "run",
+        progress=QUIET,
+    )
+    same = [torch.equal(a, b) for (a, _), (b, _) in itertools.pairwise(seen)]
+    assert same == [True] * 2 + [False] * 21
+    # What thaws warms up from there; the rest has by then almost done so.
+    shares = [rates[True] / rates[False] for _, rates in seen[3:]]
+    assert shares[0] < 0.1 and shares == sorted(shares)
+    assert shares[-12:] == pytest.approx([1] * 12)
 
 
 @pytest.mark.parametrize("more", [0, 2])

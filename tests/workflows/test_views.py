@@ -158,6 +158,8 @@ def test_what_cannot_be_cached_is_said(
 ) -> None:
     with pytest.raises(UsageError, match="no block is frozen: set frozen_blocks too"):
         run(scenes, tmp_path / "a", "pretrain.cached_views=4")
+    with pytest.raises(UsageError, match="frozen_epochs is how long blocks are frozen, and no"):
+        run(scenes, tmp_path / "a", "pretrain.frozen_epochs=4")
     assert not (tmp_path / "a").exists()
     chosen = ("objective=vilt", "cached_views=4", "frozen_blocks=1")
     settings = [*BARE, *(f"pretrain.{setting}" for setting in chosen)]

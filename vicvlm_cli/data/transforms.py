@@ -98,18 +98,3 @@ def color_jitter(image: Tensor, strength: float, noise: Tensor) -> Tensor:
     gray = image.mean(dim=1, keepdim=True)
     image = gray + (image - gray) * factor[:, 2, None, None, None]
     return image.clamp(0, 255)
-
-
-def drop_words(
-    input_ids: Tensor, noise: Tensor, share: float, special: Tensor, mask: int
-) -> Tensor:
-    """Captions with some tokens hidden, so that no one word is what a caption is known by.
-
-    Args:
-        input_ids: long [..., L].
-        noise: uniform [..., L] in [0, 1).
-        share: of the tokens that are hidden, each by itself.
-        special: long [S], ids that never are.
-        mask: the id that stands for what is hidden.
-    """
-    return input_ids.masked_fill((noise < share) & ~torch.isin(input_ids, special), mask)

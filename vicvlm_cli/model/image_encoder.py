@@ -95,9 +95,9 @@ class ImageEncoder(nn.Module):
     def freeze(self, blocks: int, for_good: bool = True) -> None:
         """Let the lowest ``blocks``, and the embeddings below them, keep their weights.
 
-        Nothing is kept for their backward pass, and there is none. 0 frees all. Where it is not
-        ``for_good`` they still want gradients, as processes must agree on from the beginning: what
-        they get (of mask tokens, which come in below them) is for the training to drop.
+        Nothing is kept for their backward pass, and there is none but to mask tokens, which come in
+        below them. 0 frees all. Where it is not ``for_good`` they still want gradients, as
+        processes must agree on from the beginning: what they get is for the training to drop.
 
         Raises:
             UserError: there are not so many blocks.

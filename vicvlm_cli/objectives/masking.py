@@ -71,8 +71,7 @@ def mask_words(
         bool [B, L], the hidden positions.
     """
     goes_on = continuation[input_ids]
-    word = (~goes_on).cumsum(dim=1) - 1  # [B, L]: number of the word a token belongs to
-    word = word.clamp(min=0)
+    word = _word_of(goes_on)
     starts = attention_mask & ~goes_on & ~special[input_ids]
     # A word's draw is that of its first token; what is no word comes last.
     draw = noise.masked_fill(~starts, 2.0)
@@ -83,6 +82,19 @@ def mask_words(
     by_word = torch.zeros(word.shape, dtype=torch.int32, device=word.device)
     by_word.scatter_add_(1, word, chosen_start.int())
     return by_word.gather(1, word).bool() & attention_mask & ~special[input_ids]
+
+
+def drop_words(
+    input_ids: Tensor, continuation: Tensor, special: Tensor, noise: Tensor, share: float
+) -> Tensor:
+    """As :func:`mask_words`, but each word is hidden by itself, with probability ``share``."""
+    word = _word_of(continuation[input_ids])
+    return (noise.gather(1, word) < share) & ~special[input_ids]
+
+
+def _word_of(goes_on: Tensor) -> Tensor:
+    """Long [B, L]: the number of the word that a token is of, from where one ``goes_on``."""
+    return ((~goes_on).cumsum(dim=1) - 1).clamp(min=0)
 
 
 def replace_hidden(

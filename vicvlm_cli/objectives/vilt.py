@@ -26,7 +26,7 @@ from vicvlm_cli.objectives.retrieval import Losses
 from vicvlm_cli.objectives.transport import alignment_distance
 
 # Words and patches share every block: none of them is a picture's own, to be frozen or kept.
-ALL_TRAIN = {"frozen_blocks": 0, "cached_views": 0}
+ALL_TRAIN = {"frozen_blocks": 0, "frozen_epochs": 0, "cached_views": 0}
 
 
 class ViLT(nn.Module):

@@ -17,18 +17,18 @@ from torch import Tensor, nn
 from vicvlm_cli.data.batches import Batch, Plan, batches
 from vicvlm_cli.data.prepared import Split
 from vicvlm_cli.data.tokenizer import Tokenizer
-from vicvlm_cli.data.transforms import Draws, augmented, drop_words
+from vicvlm_cli.data.transforms import Draws, augmented
 from vicvlm_cli.errors import UserError
 from vicvlm_cli.objectives.ranks import Noise, seed_modules
 from vicvlm_cli.report.progress import Progress
 from vicvlm_cli.settings import DataConfig, TrainConfig
-from vicvlm_cli.workflows.inputs import Input, cached_inputs, plain_inputs
+from vicvlm_cli.workflows.inputs import Input, WordDropout, cached_inputs, plain_inputs
 from vicvlm_cli.workflows.launch import make_rows
 from vicvlm_cli.workflows.metrics import LOG_STEPS, Metrics
 from vicvlm_cli.workflows.profile import Recorder
 from vicvlm_cli.workflows.state import Position
 from vicvlm_cli.workflows.stopping import StopAtStep
-from vicvlm_cli.workflows.views import Views, make_views
+from vicvlm_cli.workflows.views import Views, drop_views, make_views
 
 T = TypeVar("T")
 MOST_FROZEN = 0.25  # share of a run that blocks are frozen for if they are to train as well
@@ -92,22 +92,6 @@ def augment(batch: Batch, size: int, data: DataConfig, noise: Noise) -> Tensor:
     return augmented(batch.image, size, data, draws)
 
 
-def drop_captions_words(
-    batch: Batch, data: DataConfig, tokenizer: Tokenizer, max_tokens: int, noise: Noise
-) -> None:
-    """Hide a share ``data.word_dropout`` of the tokens of all captions of ``batch``."""
-    special = torch.tensor(tokenizer.special_ids(), device=batch.input_ids.device)
-    share, mask = data.word_dropout, tokenizer.mask_id
-    # Noise for max_tokens columns: as many whatever the longest caption of a process is.
-    rows, length = batch.input_ids.shape
-    draw = noise.rand(rows, max_tokens)[:, :length]
-    batch.input_ids = drop_words(batch.input_ids, draw, share, special, mask)
-    if batch.more_ids is not None:
-        _, more, length = batch.more_ids.shape
-        draw = noise.rand(rows, more, max_tokens)[..., :length]
-        batch.more_ids = drop_words(batch.more_ids, draw, share, special, mask)
-
-
 def run_loop(
     accelerator: Accelerator,
     objective: nn.Module,
@@ -165,8 +149,10 @@ def run_loop(
         """Let the frozen blocks train as well."""
         nonlocal views
         model.image_encoder.freeze(0)
-        views = None
         resting.clear()
+        if views is not None and accelerator.is_local_main_process:
+            drop_views(folder)  # gigabytes, of pictures in large numbers
+        views = None
 
     resting = model.image_encoder.frozen_parameters() if config.frozen_epochs else []
     last_frozen = math.ceil(config.frozen_epochs * plan.batches / config.step_batches)
@@ -183,6 +169,10 @@ def run_loop(
             )
         last_flush = last_state = clock()
 
+    dropout: WordDropout | None = None
+    if data.word_dropout:
+        dropout = WordDropout(tokenizer, model.config, data.word_dropout, accelerator.device)
+
     def ready(batch: Batch, number: int) -> tuple[Batch, Noise]:
         """The run's ``number``-th batch on the device and augmented, and its noise."""
         noise = Noise(config.seed, number, accelerator.device)
@@ -194,8 +184,8 @@ def run_loop(
             else:
                 batch = batch.to(accelerator.device)
                 batch.image = augment(batch, model.config.image_size, data, noise)
-            if data.word_dropout > 0:
-                drop_captions_words(batch, data, tokenizer, model.config.max_tokens, noise)
+            if dropout is not None:
+                dropout(batch, noise)
         return batch, noise
 
     def first_pass(*arguments: Any) -> None:
@@ -236,7 +226,7 @@ def run_loop(
                         if accelerator.sync_gradients:
                             accelerator.clip_grad_norm_(parameters, config.grad_clip)
                             for group in optimizer.param_groups:
-                                begins = (position.thawed or 0.0) if group["thaws"] else 0.0
+                                begins = (position.thawed or 0.0) if group.get("thaws") else 0.0
                                 factor = lr_factor(share, config, begins)
                                 group["lr"] = group["peak_lr"] * factor
                         optimizer.step()
@@ -255,6 +245,7 @@ def run_loop(
                 used, share = share, done()
                 if resting and (position.step >= last_frozen or share >= MOST_FROZEN):
                     position.thawed = share
+                    progress.say(f"all blocks of the image encoder train from step {position.step}")
                     thaw()
                 due = config.validate_every > 0 and position.step % checks == 0
                 saving = position.step % LOG_STEPS == 0 and agreed(

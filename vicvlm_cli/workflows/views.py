@@ -71,11 +71,16 @@ class Views:
 
 
 def check_views(model: RetrievalModel, config: TrainConfig) -> None:
-    """Refuse ``cached_views`` where there is nothing to keep.
+    """Refuse ``cached_views`` where there is nothing to keep, ``frozen_epochs`` of nothing.
 
     Raises:
         UsageError: no block is frozen, or the model has no image encoder of its own.
     """
+    if config.frozen_epochs and not config.frozen_blocks:
+        raise UsageError(
+            "frozen_epochs is how long blocks are frozen, and no block is: set frozen_blocks too, "
+            "or frozen_epochs to 0"
+        )
     if not config.cached_views:
         return
     if not config.frozen_blocks:
