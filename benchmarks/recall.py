@@ -96,7 +96,6 @@ LEVERS: dict[str, tuple[str, ...]] = {
     **{f"temperature-{t}": (f"model.temperature={t}",) for t in (0.03, 0.15)},
     "more-captions": ("data.more_captions=1",),
     "max-pool": ("model.image_pool=max",),
-    "views-8": ("pretrain.cached_views=8",),
     "size-96": ("model.image_size=96", "model.eval_image_scale=1.34"),
     "size-160": ("model.image_size=160", "model.eval_image_scale=1"),
     "crop-0.4": ("data.crop_scale=0.4",),
@@ -159,8 +158,8 @@ ROWS: dict[str, tuple[str, ...]] = {
     },
     **{f"itc-text-first-{n}": (*ALONE, *text_first(n)) for n in (3, 6, 12)},
     **{f"vicvlm-text-first-{n}": text_first(n) for n in (3, 6, 12)},
-    # Further levers, on top of both; and the text side's on a picture side that stays frozen, which
-    # a few minutes tell apart.
+    # Further levers, on top of VICReg and the text first; and the text side's on a picture side that
+    # stays frozen, which few minutes tell apart.
     "frozen": (*on_projections(**SPREAD), *cached(12, 2)),
     **{
         f"{start}-{name}": (*on_projections(**SPREAD), *settings, *more)
@@ -186,6 +185,9 @@ def run(
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Another configuration, named by --row.")
     ] = None,
+    into: Annotated[
+        str | None, typer.Option(help="Folder of the rows, where --set changes known ones.")
+    ] = None,
     jobs: Annotated[int, typer.Option(help="Runs side by side, a core each.")] = 2,
     piece: Annotated[float, typer.Option(help="Minutes of this call; 0: to the end.")] = 0.0,
 ) -> None:
@@ -193,11 +195,14 @@ def run(
     from flops import note_gflop  # imports torch, which a report does without
 
     until = time.monotonic() + 60 * piece if piece else math.inf
+    place = into or budget
     runs = []
     for word in row:
         name, _, seed = word.partition(":")
         if name not in ROWS and not settings:
             raise typer.BadParameter(f"there is no row {name}: python benchmarks/recall.py list")
+        if name in ROWS and settings and not into:
+            raise typer.BadParameter(f"--set makes another {name} of it: name a folder by --into")
         chosen = (*ROWS.get(name, ALONE), *(settings or ()))
         runs.append(
             Run(
@@ -214,7 +219,7 @@ def run(
 
     def one(run: Run) -> None:
         try:
-            advance(run, WORK / budget, until, RESULTS / budget)
+            advance(run, WORK / place, until, RESULTS / place)
             print(f"{run.key}: done", flush=True)
         except Unfinished:
             print(f"{run.key}: the same call goes on from here", flush=True)
@@ -223,8 +228,8 @@ def run(
         list(pool.map(one, runs))
     for each in runs:
         if time.monotonic() < until:
-            settings = (*each.pretrain, 'model.image_weights=""')
-            note_gflop(RESULTS / "flops" / f"{each.name}.json", data, PRESET, settings)
+            counted = (*each.pretrain, 'model.image_weights=""')
+            note_gflop(RESULTS / "flops" / f"{each.name}.json", data, PRESET, counted)
 
 
 @app.command()

@@ -3,7 +3,8 @@
 A run is a `vicvlm pretrain`, perhaps a `finetune`, and an `evaluate`, in processes of their own, in
 one folder. What has been done is not done again, and a piece that is over is stopped as by Ctrl-C,
 so that the next one resumes it. Trainings are measured by their own CPU time on one thread, and
-several run side by side: a run on a busy machine is the run of a quiet one.
+several run side by side: a run on a busy machine is that of a quiet one. Of another kind of machine
+it is not: what one core does in a minute differs by twice and more.
 """
 
 from __future__ import annotations
