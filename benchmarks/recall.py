@@ -158,8 +158,8 @@ ROWS: dict[str, tuple[str, ...]] = {
     },
     **{f"itc-text-first-{n}": (*ALONE, *text_first(n)) for n in (3, 6, 12)},
     **{f"vicvlm-text-first-{n}": text_first(n) for n in (3, 6, 12)},
-    # Further levers, on top of VICReg and the text first; and the text side's on a picture side that
-    # stays frozen, which few minutes tell apart.
+    # Further levers, on top of VICReg and the text first; and the text side's on a picture side
+    # that stays frozen, which few minutes tell apart.
     "frozen": (*on_projections(**SPREAD), *cached(12, 2)),
     **{
         f"{start}-{name}": (*on_projections(**SPREAD), *settings, *more)
