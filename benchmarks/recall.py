@@ -51,14 +51,13 @@ def on_projections(**weights: float) -> tuple[str, ...]:
     return ("pretrain.objective=clip", *terms)
 
 
-def cached(blocks: int, views: int = 8) -> tuple[str, ...]:
-    """Settings of some views of each picture through so many frozen blocks, beforehand."""
-    return (f"pretrain.frozen_blocks={blocks}", f"pretrain.cached_views={views}")
-
-
-def text_first(epochs: float) -> tuple[str, ...]:
-    """Settings of an image encoder that is frozen for some epochs, its views cached."""
-    return (*cached(12, 2), f"pretrain.frozen_epochs={epochs}")
+def frozen(blocks: int, views: int = 0) -> tuple[str, ...]:
+    """Settings of blocks that are frozen for good, some views of each picture through them kept."""
+    return (
+        f"pretrain.frozen_blocks={blocks}",
+        "pretrain.frozen_epochs=0",
+        f"pretrain.cached_views={views}",
+    )
 
 
 ALONE = without(*OTHERS)
@@ -79,7 +78,10 @@ PROJECTED: dict[str, dict[str, float]] = {
     "vicreg-weak": {"variance": 0.1, "covariance": 0.005},
     "vicreg-invariance": {"variance": 0.5, "covariance": 0.02, "invariance": 0.5},
 }
-SMALL_STEPS = ("pretrain.batch_size=64", "pretrain.frozen_blocks=6")
+SMALL_STEPS = ("pretrain.batch_size=64", *frozen(6))
+AT_ONCE = frozen(0)  # both encoders train from the first step
+# What rows were laid over before the preset changed: their results have folders of their own.
+BASES: dict[str, tuple[str, ...]] = {"lr-1e-3": ("pretrain.lr=1e-3", *AT_ONCE)}
 LEVERS: dict[str, tuple[str, ...]] = {
     "batch-96": ("pretrain.batch_size=96",),
     "batch-384": ("pretrain.batch_size=384",),
@@ -124,7 +126,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "vicvlm-multimodal-encode-hidden": (*MULTIMODAL, "pretrain.options.drop_hidden=false"),
     # Levers, on ITC alone: what holds for it holds for every method that has it.
     **{f"itc-batch-{n}": (*ALONE, f"pretrain.batch_size={n}") for n in (64, 96)},
-    **{f"itc-frozen-{n}": (*ALONE, f"pretrain.frozen_blocks={n}") for n in (3, 6)},
+    **{f"itc-frozen-{n}": (*ALONE, *frozen(n)) for n in (3, 6)},
     "itc-batch-64-frozen-6": (*ALONE, *SMALL_STEPS),
     "vicvlm-multimodal-batch-64-frozen-6": (*MULTIMODAL, *SMALL_STEPS),
     # Pictures of 96 and 128 pixels have 36 and 64 patches, those of 160 and 192 have 100 and 144.
@@ -145,25 +147,23 @@ ROWS: dict[str, tuple[str, ...]] = {
     "itc-final-lr-0": (*ALONE, "pretrain.final_lr=0"),
     # VICReg on the two projections themselves: it needs no pass of its own.
     **{f"clip+{name}": on_projections(**weights) for name, weights in PROJECTED.items()},
-    **{
-        f"clip+vicreg-lr-{rate}": (*on_projections(**SPREAD), f"pretrain.lr={rate}")
-        for rate in ("1e-3", "4e-3")
-    },
     # The time that the frozen blocks take for their views is the run's.
-    **{f"itc-cached-{n}": (*ALONE, *cached(n)) for n in (3, 6, 9)},
-    **{f"clip+vicreg-cached-{n}": (*on_projections(**SPREAD), *cached(n)) for n in (3, 6, 9)},
+    **{f"itc-cached-{n}": (*ALONE, *frozen(n, 8)) for n in (3, 6, 9)},
+    **{f"clip+vicreg-cached-{n}": (*on_projections(**SPREAD), *frozen(n, 8)) for n in (3, 6, 9)},
+    "itc-at-once": (*ALONE, *AT_ONCE),
+    "vicvlm-at-once": AT_ONCE,
+    "clip+vicreg-at-once": (*on_projections(**SPREAD), *AT_ONCE),
+    "clip+vicreg-at-once-lr-1e-3": (*on_projections(**SPREAD), *AT_ONCE, "pretrain.lr=1e-3"),
     **{
-        f"clip+vicreg-text-first-{n}": (*on_projections(**SPREAD), *text_first(n))
-        for n in (3, 6, 12)
+        f"clip+vicreg-text-first-{n}": (*on_projections(**SPREAD), f"pretrain.frozen_epochs={n}")
+        for n in (3, 12)
     },
-    **{f"itc-text-first-{n}": (*ALONE, *text_first(n)) for n in (3, 6, 12)},
-    **{f"vicvlm-text-first-{n}": text_first(n) for n in (3, 6, 12)},
-    # Further levers, on top of VICReg and the text first; and the text side's on a picture side
-    # that stays frozen, which few minutes tell apart.
-    "frozen": (*on_projections(**SPREAD), *cached(12, 2)),
+    # Further levers, beside VICReg; and the text side's on a picture side that stays frozen, which
+    # few minutes tell apart.
+    "frozen": (*on_projections(**SPREAD), *frozen(12, 2)),
     **{
         f"{start}-{name}": (*on_projections(**SPREAD), *settings, *more)
-        for start, settings in {"text-first": text_first(6), "frozen": cached(12, 2)}.items()
+        for start, settings in {"clip+vicreg": (), "frozen": frozen(12, 2)}.items()
         for name, more in LEVERS.items()
     },
 }
@@ -185,9 +185,9 @@ def run(
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Another configuration, named by --row.")
     ] = None,
-    into: Annotated[
-        str | None, typer.Option(help="Folder of the rows, where --set changes known ones.")
-    ] = None,
+    base: Annotated[
+        str, typer.Option(help=f"Lay rows over an earlier preset: {', '.join(BASES)}.")
+    ] = "",
     jobs: Annotated[int, typer.Option(help="Runs side by side, a core each.")] = 2,
     piece: Annotated[float, typer.Option(help="Minutes of this call; 0: to the end.")] = 0.0,
 ) -> None:
@@ -195,15 +195,19 @@ def run(
     from flops import note_gflop  # imports torch, which a report does without
 
     until = time.monotonic() + 60 * piece if piece else math.inf
-    place = into or budget
+    if base and base not in BASES:
+        raise typer.BadParameter(f"there is no base {base}: {', '.join(BASES)}")
+    place = f"{budget}-{base}" if base else budget
     runs = []
     for word in row:
         name, _, seed = word.partition(":")
         if name not in ROWS and not settings:
             raise typer.BadParameter(f"there is no row {name}: python benchmarks/recall.py list")
-        if name in ROWS and settings and not into:
-            raise typer.BadParameter(f"--set makes another {name} of it: name a folder by --into")
-        chosen = (*ROWS.get(name, ALONE), *(settings or ()))
+        if name in ROWS and settings:
+            raise typer.BadParameter(
+                f"--set makes another row of {name}: give it a name of its own"
+            )
+        chosen = (*BASES.get(base, ()), *ROWS.get(name, ALONE), *(settings or ()))
         runs.append(
             Run(
                 name=name,

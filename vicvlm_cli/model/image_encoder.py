@@ -106,6 +106,7 @@ class ImageEncoder(nn.Module):
         if not 0 <= blocks <= len(vit.blocks):
             raise UserError(
                 f"frozen_blocks={blocks} is more than the image encoder's {len(vit.blocks)} blocks"
+                ": set it to as many, or to 0"
             )
         self.requires_grad_(True)
         self.frozen = blocks
