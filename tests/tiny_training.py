@@ -52,6 +52,8 @@ TINY = [
         )
     ),
 ]
+# An image encoder of which one block may be frozen.
+TWO_BLOCKS = "model.image_options={patch_size = 8, embed_dim = 24, depth = 2, num_heads = 2}"
 # Those of them that suit any method.
 BARE = [s for s in TINY if ".losses." not in s and ".options." not in s]
 

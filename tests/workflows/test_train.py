@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_training import BARE, LOSSES, QUIET, Heard, equal, rows, run, weights
+from tiny_training import BARE, LOSSES, QUIET, TWO_BLOCKS, Heard, equal, rows, run, weights
 from torch import Tensor
 
 from vicvlm_cli.checkpoint import load_model
@@ -230,8 +230,7 @@ def test_the_cpu_clock_counts_the_training_alone(
 
 
 def test_frozen_blocks_come_out_as_they_went_in(scenes: Path, tmp_path: Path) -> None:
-    model = "model.image_options={patch_size = 8, embed_dim = 24, depth = 2, num_heads = 2}"
-    begun = run(scenes, tmp_path / "begun", model, "pretrain.epochs=0.2")
+    begun = run(scenes, tmp_path / "begun", TWO_BLOCKS, "pretrain.epochs=0.2")
     tuned = finetune(
         begun.checkpoint,
         scenes,
@@ -266,7 +265,7 @@ def test_blocks_frozen_for_a_part_of_the_run_train_from_there_on(
         scenes,
         overrides=[
             *BARE,
-            "model.image_options={patch_size = 8, embed_dim = 24, depth = 2, num_heads = 2}",
+            TWO_BLOCKS,
             *("pretrain.objective=clip", "pretrain.frozen_blocks=1", "pretrain.epochs=4"),
             *(f"pretrain.cached_views={views}", f"pretrain.frozen_epochs={epochs}"),
         ],
@@ -318,7 +317,7 @@ def test_blocks_that_are_frozen_for_a_while_keep_their_weights_whatever_the_meth
         scenes,
         overrides=[
             *BARE,
-            "model.image_options={patch_size = 8, embed_dim = 24, depth = 2, num_heads = 2}",
+            TWO_BLOCKS,
             # MAMO's mask tokens come in below the frozen block, and learn through it.
             *("pretrain.objective=mamo", "pretrain.epochs=4", "pretrain.warmup=0.2"),
             *("pretrain.frozen_blocks=1", "pretrain.frozen_epochs=0.5"),
