@@ -39,6 +39,17 @@ def test_the_rate_warms_up_and_falls_as_a_cosine() -> None:
     assert lr_factor(1.0, TrainConfig(warmup=1.0, final_lr=0.3)) == pytest.approx(1.0)
 
 
+def test_what_thaws_warms_up_from_there() -> None:
+    config = TrainConfig(warmup=0.1, final_lr=0.05)
+    assert lr_factor(0.4, config, begins=0.4) == pytest.approx(0, abs=1e-2)
+    half = lr_factor(0.45, config) / 2
+    assert lr_factor(0.45, config, begins=0.4) == pytest.approx(half)
+    for progress in (0.5, 0.7, 1.0):
+        usual = lr_factor(progress, config)
+        assert lr_factor(progress, config, begins=0.4) == pytest.approx(usual)
+    assert lr_factor(0.1, config) == 1 and lr_factor(1, config) == pytest.approx(0.05)
+
+
 def test_steps_are_those_of_all_epochs() -> None:
     plan = Plan(tuple([1] * 50), "one", 8, 0)  # six batches an epoch
     assert total_steps(plan, TrainConfig(epochs=3)) == 18

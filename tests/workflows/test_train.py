@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from collections.abc import Callable
@@ -12,22 +11,20 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_training import BARE, LOSSES, QUIET, TWO_BLOCKS, Heard, equal, rows, run, weights
+from tiny_training import BARE, LOSSES, QUIET, Heard, equal, rows, run, weights
 from torch import Tensor
 
 from vicvlm_cli.checkpoint import load_model
-from vicvlm_cli.data.batches import Batch
 from vicvlm_cli.data.prepared import PreparedDataset
 from vicvlm_cli.errors import UserError
-from vicvlm_cli.objectives import create_objective, losses
+from vicvlm_cli.objectives import losses
 from vicvlm_cli.objectives.cached import CachedContrast
 from vicvlm_cli.objectives.clip import CLIP
 from vicvlm_cli.objectives.vicvlm import VicVLM
-from vicvlm_cli.settings import TrainConfig
 from vicvlm_cli.workflows import loop
 from vicvlm_cli.workflows.metrics import Metrics
 from vicvlm_cli.workflows.session import Session
-from vicvlm_cli.workflows.train import TrainResult, finetune, pretrain
+from vicvlm_cli.workflows.train import TrainResult, pretrain
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
@@ -227,133 +224,6 @@ def test_the_cpu_clock_counts_the_training_alone(
     monkeypatch.setattr(Session, "validate", validate)
     assert seconds("validated", "pretrain.validate_every=0.2") == pytest.approx(6, abs=1.5)
     assert rows(tmp_path / "validated", "validation")
-
-
-def test_frozen_blocks_come_out_as_they_went_in(scenes: Path, tmp_path: Path) -> None:
-    begun = run(scenes, tmp_path / "begun", TWO_BLOCKS, "pretrain.epochs=0.2")
-    tuned = finetune(
-        begun.checkpoint,
-        scenes,
-        overrides=["finetune.frozen_blocks=1"],
-        output=tmp_path / "tuned",
-        progress=QUIET,
-    )
-    before, after = weights(begun.run), weights(tuned.run)
-    same = {k for k in before if torch.equal(before[k], after[k])}
-    assert {k for k in before if k.startswith("image_encoder.vit.blocks.0.")} < same
-    assert "image_encoder.vit.patch_embed.proj.weight" in same
-    assert not any(k.startswith("image_encoder.vit.blocks.1.") for k in same)
-
-
-@pytest.mark.parametrize(("views", "epochs"), [(0, 0.5), (2, 0.5), (2, 1.5)])
-def test_blocks_frozen_for_a_part_of_the_run_train_from_there_on(
-    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, views: int, epochs: float
-) -> None:
-    seen: list[tuple[Tensor, ...]] = []
-    kept_views: list[bool] = []
-    real = CLIP.after_step
-
-    def after_step(self: CLIP) -> None:
-        vit: Any = self.model.image_encoder.vit
-        kept = (vit.patch_embed.proj.weight, vit.blocks[0].mlp.fc1.weight)
-        kept_views.append((tmp_path / "run" / "views.npy").exists())
-        seen.append(tuple(x.detach().clone() for x in (*kept, vit.blocks[1].mlp.fc1.weight)))
-        real(self)
-
-    monkeypatch.setattr(CLIP, "after_step", after_step)
-    pretrain(
-        scenes,
-        overrides=[
-            *BARE,
-            TWO_BLOCKS,
-            *("pretrain.objective=clip", "pretrain.frozen_blocks=1", "pretrain.epochs=4"),
-            *(f"pretrain.cached_views={views}", f"pretrain.frozen_epochs={epochs}"),
-        ],
-        output=tmp_path / "run",
-        progress=QUIET,
-    )
-    assert len(seen) == 24
-    thawed = 3 if epochs == 0.5 else 6  # steps; never later than after a quarter of the run
-    for name in range(2):  # of what is frozen
-        same = [torch.equal(a[name], b[name]) for a, b in itertools.pairwise(seen)]
-        assert same == [True] * (thawed - 1) + [False] * (24 - thawed)
-    assert not any(torch.equal(a[2], b[2]) for a, b in itertools.pairwise(seen))
-    assert kept_views == [views > 0] * thawed + [False] * (24 - thawed)
-
-
-def test_what_thaws_warms_up_from_there() -> None:
-    config = TrainConfig(warmup=0.1, final_lr=0.05)
-    assert loop.lr_factor(0.4, config, begins=0.4) == pytest.approx(0, abs=1e-2)
-    half = loop.lr_factor(0.45, config) / 2
-    assert loop.lr_factor(0.45, config, begins=0.4) == pytest.approx(half)
-    for progress in (0.5, 0.7, 1.0):
-        usual = loop.lr_factor(progress, config)
-        assert loop.lr_factor(progress, config, begins=0.4) == pytest.approx(usual)
-    assert loop.lr_factor(0.1, config) == 1 and loop.lr_factor(1, config) == pytest.approx(0.05)
-
-
-def test_blocks_that_are_frozen_for_a_while_keep_their_weights_whatever_the_method(
-    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[tuple[Tensor, dict[bool, float]]] = []
-    real = torch.optim.AdamW.step
-
-    def step(self: torch.optim.AdamW, *arguments: Any) -> Any:
-        result = real(self, *arguments)
-        vit = made[0].model.image_encoder.vit
-        rates = {group["thaws"]: group["lr"] for group in self.param_groups}
-        seen.append((vit.blocks[0].mlp.fc1.weight.detach().clone(), rates))
-        return result
-
-    made: list[Any] = []
-
-    def create(*arguments: Any) -> torch.nn.Module:
-        made.append(create_objective(*arguments))
-        return made[0]
-
-    monkeypatch.setattr("vicvlm_cli.workflows.train.create_objective", create)
-    monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    pretrain(
-        scenes,
-        overrides=[
-            *BARE,
-            TWO_BLOCKS,
-            # MAMO's mask tokens come in below the frozen block, and learn through it.
-            *("pretrain.objective=mamo", "pretrain.epochs=4", "pretrain.warmup=0.2"),
-            *("pretrain.frozen_blocks=1", "pretrain.frozen_epochs=0.5"),
-        ],
-        output=tmp_path / "run",
-        progress=QUIET,
-    )
-    same = [torch.equal(a, b) for (a, _), (b, _) in itertools.pairwise(seen)]
-    assert same == [True] * 2 + [False] * 21
-    # What thaws warms up from there; the rest has by then almost done so.
-    shares = [rates[True] / rates[False] for _, rates in seen[3:]]
-    assert shares[0] < 0.1 and shares == sorted(shares)
-    assert shares[-12:] == pytest.approx([1] * 12)
-
-
-@pytest.mark.parametrize("more", [0, 2])
-def test_a_share_of_the_words_is_hidden_from_training(
-    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: int
-) -> None:
-    shares: list[float] = []
-    real = CLIP.forward
-
-    def forward(self: CLIP, batch: Batch, *rest: Any) -> Any:
-        ids, mask = batch.input_ids, batch.attention_mask
-        if more:
-            assert batch.more_ids is not None and batch.more_mask is not None
-            ids, mask = batch.more_ids, batch.more_mask
-        words = mask & (ids != 2) & (ids != 3)  # but [CLS] and [SEP]
-        shares.append(float((ids[words] == 4).float().mean()))  # [MASK]
-        return real(self, batch, *rest)
-
-    monkeypatch.setattr(CLIP, "forward", forward)
-    settings = ["pretrain.objective=clip", "data.word_dropout=0.3", f"data.more_captions={more}"]
-    pretrain(scenes, overrides=[*BARE, *settings], output=tmp_path / "run", progress=QUIET)
-    assert len(shares) == 12
-    assert sum(shares) / 12 == pytest.approx(0.3, abs=0.06)
 
 
 def test_the_shortest_of_limits_counts(scenes: Path, tmp_path: Path) -> None:

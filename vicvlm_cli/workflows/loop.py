@@ -22,6 +22,7 @@ from vicvlm_cli.errors import UserError
 from vicvlm_cli.objectives.ranks import Noise, seed_modules
 from vicvlm_cli.report.progress import Progress
 from vicvlm_cli.settings import DataConfig, TrainConfig
+from vicvlm_cli.workflows.frozen import FrozenBlocks
 from vicvlm_cli.workflows.inputs import Input, WordDropout, cached_inputs, plain_inputs
 from vicvlm_cli.workflows.launch import make_rows
 from vicvlm_cli.workflows.metrics import LOG_STEPS, Metrics
@@ -31,7 +32,6 @@ from vicvlm_cli.workflows.stopping import StopAtStep
 from vicvlm_cli.workflows.views import Views, drop_views, make_views
 
 T = TypeVar("T")
-MOST_FROZEN = 0.25  # share of a run that blocks are frozen for if they are to train as well
 # Never decayed: they are few, and their size means something (biases, norms, embeddings, scale).
 NO_DECAY = ("embed", "bias", "norm", "token", "logit_scale")
 
@@ -143,22 +143,9 @@ def run_loop(
             share = agreed(max(share, spent))
         return min(share, 1.0)
 
+    frozen = FrozenBlocks(model.image_encoder, config, plan, position)
     views: Views | None = None
-
-    def thaw() -> None:
-        """Let the frozen blocks train as well."""
-        nonlocal views
-        model.image_encoder.freeze(0)
-        resting.clear()
-        if views is not None and accelerator.is_local_main_process:
-            drop_views(folder)  # gigabytes, of pictures in large numbers
-        views = None
-
-    resting = model.image_encoder.frozen_parameters() if config.frozen_epochs else []
-    last_frozen = math.ceil(config.frozen_epochs * plan.batches / config.step_batches)
-    if position.thawed is not None:
-        thaw()
-    elif config.cached_views:
+    if config.cached_views and position.thawed is None:
         before, resumed = clock(), position.step > 0
         views = make_views(accelerator, model, rows, config, data, folder, resumed, progress)
         position.preparing += agreed(clock() - before)
@@ -220,14 +207,12 @@ def run_loop(
                         total = torch.stack([weights.get(k, 0.0) * v for k, v in values.items()])
                     with part("backward"):
                         accelerator.backward(total.sum())
-                        for parameter in resting:
-                            parameter.grad = None
+                        frozen.drop_gradients()
                     with part("optimiser"):
                         if accelerator.sync_gradients:
                             accelerator.clip_grad_norm_(parameters, config.grad_clip)
                             for group in optimizer.param_groups:
-                                begins = (position.thawed or 0.0) if group.get("thaws") else 0.0
-                                factor = lr_factor(share, config, begins)
+                                factor = lr_factor(share, config, frozen.begins(group))
                                 group["lr"] = group["peak_lr"] * factor
                         optimizer.step()
                         optimizer.zero_grad()
@@ -243,10 +228,11 @@ def run_loop(
                 now = clock()
                 position.seconds = now - began
                 used, share = share, done()
-                if resting and (position.step >= last_frozen or share >= MOST_FROZEN):
-                    position.thawed = share
-                    progress.say(f"all blocks of the image encoder train from step {position.step}")
-                    thaw()
+                if frozen.thaw(share):
+                    progress.say(f"the frozen blocks train from step {position.step} on")
+                    if views is not None and accelerator.is_local_main_process:
+                        drop_views(folder)  # gigabytes, of pictures in large numbers
+                    views = None
                 due = config.validate_every > 0 and position.step % checks == 0
                 saving = position.step % LOG_STEPS == 0 and agreed(
                     now - last_state > 60 * config.state_minutes

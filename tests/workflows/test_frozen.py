@@ -1,0 +1,104 @@
+"""Blocks that are frozen for good or for a while, in whole trainings."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_training import BARE, QUIET, TWO_BLOCKS, run, weights
+from torch import Tensor
+
+from vicvlm_cli.objectives import create_objective
+from vicvlm_cli.objectives.clip import CLIP
+from vicvlm_cli.workflows.train import finetune, pretrain
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+
+
+def train(scenes: Path, folder: Path, *settings: str) -> None:
+    """A run of 24 steps, the lower of two blocks frozen."""
+    frozen = (TWO_BLOCKS, "pretrain.epochs=4", "pretrain.frozen_blocks=1")
+    overrides = [*BARE, *frozen, *settings]
+    pretrain(scenes, overrides=overrides, output=folder, progress=QUIET)
+
+
+def test_frozen_blocks_come_out_as_they_went_in(scenes: Path, tmp_path: Path) -> None:
+    begun = run(scenes, tmp_path / "begun", TWO_BLOCKS, "pretrain.epochs=0.2")
+    tuned = finetune(
+        begun.checkpoint,
+        scenes,
+        overrides=["finetune.frozen_blocks=1"],
+        output=tmp_path / "tuned",
+        progress=QUIET,
+    )
+    before, after = weights(begun.run), weights(tuned.run)
+    same = {k for k in before if torch.equal(before[k], after[k])}
+    assert {k for k in before if k.startswith("image_encoder.vit.blocks.0.")} < same
+    assert "image_encoder.vit.patch_embed.proj.weight" in same
+    assert not any(k.startswith("image_encoder.vit.blocks.1.") for k in same)
+
+
+@pytest.mark.parametrize(("views", "epochs"), [(0, 0.5), (2, 0.5), (2, 1.5)])
+def test_blocks_frozen_for_a_part_of_the_run_train_from_there_on(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, views: int, epochs: float
+) -> None:
+    seen: list[tuple[Tensor, ...]] = []
+    kept_views: list[bool] = []
+    real = CLIP.after_step
+
+    def after_step(self: CLIP) -> None:
+        vit: Any = self.model.image_encoder.vit
+        kept = (vit.patch_embed.proj.weight, vit.blocks[0].mlp.fc1.weight)
+        kept_views.append((tmp_path / "run" / "views.npy").exists())
+        seen.append(tuple(x.detach().clone() for x in (*kept, vit.blocks[1].mlp.fc1.weight)))
+        real(self)
+
+    monkeypatch.setattr(CLIP, "after_step", after_step)
+    train(
+        scenes,
+        tmp_path / "run",
+        *("pretrain.objective=clip", f"pretrain.cached_views={views}"),
+        f"pretrain.frozen_epochs={epochs}",
+    )
+    assert len(seen) == 24
+    thawed = 3 if epochs == 0.5 else 6  # steps; never later than after a quarter of the run
+    for name in range(2):  # of what is frozen
+        same = [torch.equal(a[name], b[name]) for a, b in itertools.pairwise(seen)]
+        assert same == [True] * (thawed - 1) + [False] * (24 - thawed)
+    assert not any(torch.equal(a[2], b[2]) for a, b in itertools.pairwise(seen))
+    assert kept_views == [views > 0] * thawed + [False] * (24 - thawed)
+
+
+def test_blocks_that_are_frozen_for_a_while_keep_their_weights_whatever_the_method(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[Tensor, dict[bool, float]]] = []
+    real = torch.optim.AdamW.step
+
+    def step(self: torch.optim.AdamW, *arguments: Any) -> Any:
+        result = real(self, *arguments)
+        vit = made[0].model.image_encoder.vit
+        rates = {group["thaws"]: group["lr"] for group in self.param_groups}
+        seen.append((vit.blocks[0].mlp.fc1.weight.detach().clone(), rates))
+        return result
+
+    made: list[Any] = []
+
+    def create(*arguments: Any) -> torch.nn.Module:
+        made.append(create_objective(*arguments))
+        return made[0]
+
+    monkeypatch.setattr("vicvlm_cli.workflows.train.create_objective", create)
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    # MAMO's mask tokens come in below the frozen block, and learn through it.
+    settings = ("pretrain.objective=mamo", "pretrain.warmup=0.2", "pretrain.frozen_epochs=0.5")
+    train(scenes, tmp_path / "run", *settings)
+    same = [torch.equal(a, b) for (a, _), (b, _) in itertools.pairwise(seen)]
+    assert same == [True] * 2 + [False] * 21
+    # What thaws warms up from there; the rest has by then almost done so.
+    shares = [rates[True] / rates[False] for _, rates in seen[3:]]
+    assert shares[0] < 0.1 and shares == sorted(shares)
+    assert shares[-12:] == pytest.approx([1] * 12)
