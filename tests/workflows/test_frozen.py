@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_training import BARE, QUIET, TWO_BLOCKS, run, weights
+from tiny_training import BARE, QUIET, TWO_BLOCKS, Heard, run, weights
 from torch import Tensor
 
 from vicvlm_cli.objectives import create_objective
@@ -39,6 +39,17 @@ def test_frozen_blocks_come_out_as_they_went_in(scenes: Path, tmp_path: Path) ->
     assert {k for k in before if k.startswith("image_encoder.vit.blocks.0.")} < same
     assert "image_encoder.vit.patch_embed.proj.weight" in same
     assert not any(k.startswith("image_encoder.vit.blocks.1.") for k in same)
+
+
+def test_frozen_random_blocks_are_warned_of(scenes: Path, tmp_path: Path) -> None:
+    heard = Heard()
+    overrides = [*BARE, "pretrain.objective=clip", "pretrain.epochs=0.2"]
+    frozen = [*overrides, "pretrain.frozen_blocks=1"]
+    pretrain(scenes, overrides=frozen, output=tmp_path / "a", progress=heard)
+    assert any("random weights are frozen" in note for note in heard.notes)
+    heard = Heard()
+    pretrain(scenes, overrides=overrides, output=tmp_path / "b", progress=heard)
+    assert not any("are frozen" in note for note in heard.notes)
 
 
 @pytest.mark.parametrize(("views", "epochs"), [(0, 0.5), (2, 0.5), (2, 1.5)])

@@ -279,6 +279,13 @@ def _say_what(job: Job, accelerator: Accelerator, plan: Plan, progress: Progress
         )
     if job.dataset.manifest.partial:
         progress.say(f"warning: the data set is partial: {job.dataset.manifest.partial}")
+    encoder = job.config.model  # a folder has weights of its own
+    random = not encoder.image_weights and not Path(encoder.image_encoder).is_dir()
+    if job.train.frozen_blocks and random and job.kind == "pretrain":
+        progress.say(
+            "warning: blocks of an image encoder with random weights are frozen; set "
+            "pretrain.frozen_blocks, frozen_epochs and cached_views to 0, or name --image-weights"
+        )
     size = sum(p.numel() for p in job.model.parameters()) / 1e6
     steps = total_steps(plan, job.train)
     processes = accelerator.num_processes
