@@ -75,7 +75,8 @@ def rsum(results: list[Result], kind: str) -> str:
 def noted_gflop(file: Path, results: list[Result]) -> str:
     """What :func:`flops.note_gflop` kept in ``file``, for the pairs of ``results``; a dash if none.
 
-    Pairs that were seen while blocks were frozen count as such.
+    Pairs that were seen while blocks were frozen count as such; losses that come and go with the
+    schedule by their mean over the whole run, in both kinds.
     """
     if not file.exists():
         return "-"
