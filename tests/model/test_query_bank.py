@@ -64,6 +64,20 @@ def test_what_is_in_the_bank_is_not_measured_by_its_own(monkeypatch):
     assert bank.off_texts(captions).tolist() == pytest.approx(expected, abs=1e-6)
 
 
+def test_what_is_merely_alike_is_measured():
+    images, texts = unit(4), unit(4, 1)
+    bank = QueryBank(texts, images, torch.arange(4), RerankWeights.of(1.0))
+    for rows, queries, off in (
+        (images, texts, bank.off_images),
+        (texts, images, bank.off_texts),
+    ):
+        alike = F.normalize(rows + 0.15 * unit(4, 5), dim=1)
+        cosines = (alike * rows).sum(1)
+        assert cosines.min() > 0.97 and cosines.max() < 0.999
+        expected = slow_hubness(alike, queries, [()] * 4)
+        assert off(alike).tolist() == pytest.approx(expected, abs=1e-6)
+
+
 def test_a_hub_gives_way_to_the_right_answer():
     # The first picture is near every caption, the second is what the first caption speaks of.
     images = F.normalize(torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 0.2]]), dim=1)

@@ -18,8 +18,9 @@ from vicvlm_cli.model.vlm import RerankWeights
 
 SHARPNESS = 10.0  # inverse temperature of the mean over the bank, for cosines
 BLOCK = 2048  # gallery rows at a time: memory is BLOCK x bank
-# Cosine from which two features are of one picture or caption, perhaps encoded anew. Of two that are
-# merely alike it may be above 0.98: leaving those out as well cost drawn scenes what the bank gains.
+# Cosine from which two features are of one picture or caption, perhaps encoded in other precision.
+# Of two that are merely alike it may be above 0.98: leaving those out as well cost drawn scenes
+# what the bank gains.
 SAME = 0.999
 
 
