@@ -182,6 +182,8 @@ def test_the_command_that_users_type(one: Path, scenes: Path, tmp_path: Path) ->
     result: dict[str, Any] = json.loads(done.stdout)  # one document, from one process
     assert result["steps"] == 12 and result["pairs"] == 192
     assert done.stderr.count("12 steps of 16 pairs, cpu no, 2 processes") == 1
-    assert not done.stderr.count("warning:")
+    # None but that of frozen random blocks, said by one process.
+    assert done.stderr.count("warning: blocks of an image encoder") == 1
+    assert done.stderr.count("warning:") == 1
     for mine, other in zip(rows(tmp_path / "run"), rows(one), strict=True):
         assert mine["losses"] == pytest.approx(other["losses"], rel=2e-3)
