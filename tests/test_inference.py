@@ -64,6 +64,28 @@ def test_pictures_are_embedded_at_the_size_for_evaluation():
     assert seen == [(2, 3, 24, 24)]
 
 
+def test_mirror_images_may_be_embedded_with_pictures():
+    from vicvlm_cli.data.transforms import image_to_array
+
+    vlm = make_model(fusion="cross_attention", eval_mirror=True).eval()
+    images = pictures(3)
+
+    def embed(images):
+        batches = encode_image_batches(vlm, images, lambda x: x, device=torch.device("cpu"))
+        return next(iter(batches)).encoded
+
+    encoded = embed(images)
+    pixels = torch.stack([torch.from_numpy(image_to_array(i, vlm.eval_image_size)) for i in images])
+    with torch.no_grad():
+        one, other = vlm.encode_image(pixels), vlm.encode_image(pixels.flip(3))
+    mean = torch.nn.functional.normalize(one.features + other.features, dim=1)
+    assert torch.allclose(encoded.features, mean, atol=1e-6)
+    assert not torch.allclose(encoded.features, one.features, atol=1e-3)
+    assert torch.allclose(encoded.tokens, one.tokens, atol=1e-6)
+    mirrored = embed([image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for image in images])
+    assert torch.allclose(mirrored.features, encoded.features, atol=1e-5)
+
+
 def test_paths_bytes_and_pictures_are_the_same_to_it(tiny_model, tmp_path):
     image = pictures(1)[0]
     path = tmp_path / "é.png"

@@ -98,6 +98,7 @@ def load_model(
     device: torch.device | str | None = None,
     *,
     eval_image_scale: float | None = None,
+    eval_mirror: bool | None = None,
 ) -> LoadedModel:
     """Load a checkpoint, or the ``model.safetensors`` of a run's folder, ready for inference.
 
@@ -107,6 +108,8 @@ def load_model(
         path: file or run folder.
         device: where the model goes; None picks the GPU if there is one.
         eval_image_scale: side of the pictures to embed, in that of training; None is the
+            checkpoint's own.
+        eval_mirror: whether pictures are embedded together with their mirror images; None is the
             checkpoint's own.
 
     Raises:
@@ -136,8 +139,10 @@ def load_model(
         raise UserError(
             f"{path} has a damaged vicvlm header: {error}; train or copy it again"
         ) from error
-    if eval_image_scale is not None:
-        model = build_model(replace(model.config, eval_image_scale=eval_image_scale))
+    given = {"eval_image_scale": eval_image_scale, "eval_mirror": eval_mirror}
+    asked: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
+    if asked:
+        model = build_model(replace(model.config, **asked))
     bank = _bank(header, tensors, path) if "query_bank_weights" in header else None
     own = model.state_dict()
     wrong = sorted(

@@ -223,6 +223,7 @@ def evaluate(
     top_k: o.Candidates = 128,
     all_pairs: o.AllPairs = False,
     image_scale: o.ImageScale = None,
+    mirror: o.Mirror = None,
     batch_size: o.EncodeBatch = 64,
     as_json: o.AsJson = False,
 ) -> None:
@@ -240,6 +241,7 @@ def evaluate(
         top_k=top_k,
         all_pairs=all_pairs,
         image_scale=image_scale,
+        mirror=mirror,
         batch_size=batch_size,
         progress=progress,
     )

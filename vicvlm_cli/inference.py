@@ -63,6 +63,18 @@ def inferring(vlm: RetrievalModel, device: torch.device, precision: str = "auto"
             module.training = training
 
 
+def _embedded(vlm: RetrievalModel, pixels: Tensor) -> Encoded:
+    """Pictures uint8 [B, 3, S, S], encoded; their features with those of their mirror images.
+
+    The latter only where the model's ``eval_mirror`` is set. Tokens are the picture's own.
+    """
+    encoded = vlm.encode_image(pixels)
+    if not vlm.config.eval_mirror:
+        return _normalized(encoded)
+    mirrored = vlm.encode_image(pixels.flip(-1)).features
+    return _normalized(encoded._replace(features=encoded.features.float() + mirrored.float()))
+
+
 def _normalized(encoded: Encoded) -> Encoded:
     # Half precision leaves lengths that are off by up to 1 %, and a gallery stores unit vectors.
     return encoded._replace(features=F.normalize(encoded.features.float(), dim=-1))
@@ -112,7 +124,7 @@ def encode_image_batches(
             start += len(read_now)
             pixels = np.stack(list(good.values())) if good else np.empty((0, 3, size, size), "u1")
             with inferring(vlm, device, precision):
-                encoded = _normalized(vlm.encode_image(torch.from_numpy(pixels).to(device)))
+                encoded = _embedded(vlm, torch.from_numpy(pixels).to(device))
             yield ImageBatch(list(good), encoded, bad)
 
 

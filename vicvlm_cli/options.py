@@ -106,6 +106,13 @@ ImageScale = Annotated[
         "Side of the pictures, in that of training. [default: the checkpoint's]", "--image-scale"
     ),
 ]
+Mirror = Annotated[
+    bool | None,
+    _option(
+        "Embed pictures together with their mirror images. [default: the checkpoint's]",
+        "--mirror/--no-mirror",
+    ),
+]
 AllPairs = Annotated[bool, _option("Score every pair; what it costs is said first.", "--all-pairs")]
 Pictures = Annotated[
     Path | None,

@@ -23,6 +23,7 @@ class ModelConfig:
     image_weights: str = ""
     image_size: int = 224
     eval_image_scale: float = 1.0  # side of pictures that are embedded, in that of training
+    eval_mirror: bool = False  # pictures are embedded as the mean of them and their mirror image
     image_options: dict[str, Any] = field(default_factory=dict)
     image_pool: str = "mean"  # or "max", which finds small things sooner; the class token is added
     image_positions: str = "learned"  # or "sincos": fixed-scale start, for short runs from scratch

@@ -138,6 +138,14 @@ def test_mistakes_get_a_sentence(tiny_checkpoint, tiny_data, tmp_path):
         evaluate(tiny_checkpoint, tiny_data, batch_size=0, progress=QUIET)
 
 
+def test_pictures_may_be_evaluated_with_their_mirror_images(tiny_checkpoint, tiny_data, capsys):
+    own = evaluate(tiny_checkpoint, tiny_data, top_k=4, progress=QUIET)
+    mirrored = evaluate(tiny_checkpoint, tiny_data, top_k=4, mirror=True, progress=Progress())
+    assert "and their mirror images" in capsys.readouterr().err
+    assert mirrored.evaluation.dual != own.evaluation.dual
+    assert evaluate(tiny_checkpoint, tiny_data, top_k=4, mirror=False, progress=QUIET) == own
+
+
 def test_pictures_may_be_evaluated_at_another_size(make_checkpoint, tiny_data, capsys):
     path = make_checkpoint(fusion="cross_attention")
     own = evaluate(path, tiny_data, top_k=4, progress=QUIET)

@@ -27,6 +27,7 @@ def evaluate(
     top_k: int = TOP_K,
     all_pairs: bool = False,
     image_scale: float | None = None,
+    mirror: bool | None = None,
     batch_size: int = IMAGE_BATCH,
     rerank_weights: RerankWeights | None = None,
     progress: Progress,
@@ -38,6 +39,8 @@ def evaluate(
         top_k: candidates a query; 0 for the features' table only.
         all_pairs: score every pair in place of the top k candidates; the cost is said first.
         image_scale: side of the pictures, in that of training; None is the checkpoint's.
+        mirror: whether pictures are embedded together with their mirror images; None is the
+            checkpoint's.
         rerank_weights: what ITM counts beside the similarity; None: the checkpoint's, which were
             chosen on validation in training. Of no account where the pair score stands alone.
 
@@ -54,7 +57,7 @@ def evaluate(
         )
     dataset = PreparedDataset.open(data)
     part = dataset.split(split or "test")
-    model = load_model(checkpoint, eval_image_scale=image_scale)
+    model = load_model(checkpoint, eval_image_scale=image_scale, eval_mirror=mirror)
     if model.device.type == "cpu":
         keep_few_kernels()  # captions of all lengths, sorted: those of one shape come together
     weights = model.info.rerank_weights if rerank_weights is None else rerank_weights
@@ -62,7 +65,8 @@ def evaluate(
     precision = precision.removeprefix("torch.")
     progress.say(f"split: {part.title} (--split to change)")
     size = model.vlm.eval_image_size
-    progress.say(f"computing on: {model.device.type}, {precision}, pictures of {size} px")
+    also = " and their mirror images" if model.vlm.config.eval_mirror else ""
+    progress.say(f"computing on: {model.device.type}, {precision}, pictures of {size} px{also}")
     notes = _notes(dataset.manifest, part, model.info)
     own = model.vlm.pair_score
     if all_pairs and own is None:
