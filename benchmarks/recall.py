@@ -21,6 +21,7 @@ from statistics import mean
 from typing import Annotated
 
 import typer
+from compare_methods import METHODS
 from comparison import WAYS, noted_gflop, read_runs, recalls, rsum, table  # beside this file
 from trainings import Run, Unfinished, advance
 
@@ -69,6 +70,16 @@ MULTIMODAL = (
         for name, weight in zip(VICREG, (0.02, 0.002, 0.02), strict=True)
     ),
 )
+# VicVLM as it was published: every loss on all rows of every step, from the start.
+PUBLISHED = (
+    'pretrain.options.vicreg="multimodal"',
+    "pretrain.options.masked_stride=1",
+    "pretrain.options.image_mask=0.75",
+    "pretrain.options.mask_block=2",
+    "pretrain.options.text_mask=0.25",
+    *(f"pretrain.losses.{name}={{weight = 1, start = 0, ramp = 0, every = 1}}" for name in OTHERS),
+    "pretrain.losses.invariance.weight=25",
+)
 SPREAD = {"variance": 0.5, "covariance": 0.02}  # the preset's
 PROJECTED: dict[str, dict[str, float]] = {
     "vicreg": SPREAD,
@@ -115,6 +126,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "vicvlm": (),
     **{f"vicvlm-{name}": without(name) for name in ADDED},
     "vicvlm-vicreg": without(*VICREG),
+    "vicvlm-published": PUBLISHED,
     "vicvlm-multimodal": MULTIMODAL,
     # Without what makes it cheap: every loss on all rows of every step.
     "vicvlm-multimodal-all-rows": (
@@ -157,6 +169,12 @@ ROWS: dict[str, tuple[str, ...]] = {
     **{
         f"clip+vicreg-text-first-{n}": (*on_projections(**SPREAD), f"pretrain.frozen_epochs={n}")
         for n in (3, 12)
+    },
+    # The other methods, by their recipes; one that needs a teacher by compare_methods alone.
+    **{
+        name: method.pretrain
+        for name, method in METHODS.items()
+        if not method.taught and not name.startswith(("itc", "vicvlm"))
     },
     # Further levers, beside VICReg; and the text side's on a picture side that stays frozen, which
     # few minutes tell apart.
