@@ -83,15 +83,26 @@ def test_blocks_frozen_for_a_part_of_the_run_train_from_there_on(
     assert kept_views == [views > 0] * thawed + [False] * (24 - thawed)
 
 
+def test_frozen_blocks_and_a_contrast_over_several_batches(scenes: Path, tmp_path: Path) -> None:
+    settings = ("pretrain.objective=clip", "pretrain.contrastive_batch=32")
+    train(scenes, tmp_path / "run", *settings, "pretrain.frozen_epochs=0.5")
+    begun = run(scenes, tmp_path / "begun", TWO_BLOCKS, "pretrain.epochs=0.2")
+    trained, other = weights(tmp_path / "run"), weights(begun.run)
+    name = "image_encoder.vit.blocks.0.mlp.fc1.weight"
+    assert trained[name].isfinite().all() and not torch.equal(trained[name], other[name])
+
+
 def test_blocks_that_are_frozen_for_a_while_keep_their_weights_whatever_the_method(
     scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[Tensor, dict[bool, float]]] = []
+    wanted: list[bool] = []  # gradients, of the frozen block
     real = torch.optim.AdamW.step
 
     def step(self: torch.optim.AdamW, *arguments: Any) -> Any:
         result = real(self, *arguments)
         vit = made[0].model.image_encoder.vit
+        wanted.append(vit.blocks[0].mlp.fc1.weight.requires_grad)
         rates = {group["thaws"]: group["lr"] for group in self.param_groups}
         seen.append((vit.blocks[0].mlp.fc1.weight.detach().clone(), rates))
         return result
@@ -109,6 +120,7 @@ def test_blocks_that_are_frozen_for_a_while_keep_their_weights_whatever_the_meth
     train(scenes, tmp_path / "run", *settings)
     same = [torch.equal(a, b) for (a, _), (b, _) in itertools.pairwise(seen)]
     assert same == [True] * 2 + [False] * 21
+    assert wanted == [False] * 3 + [True] * 21
     # What thaws warms up from there; the rest has by then almost done so.
     shares = [rates[True] / rates[False] for _, rates in seen[3:]]
     assert shares[0] < 0.1 and shares == sorted(shares)

@@ -76,13 +76,14 @@ class CachedContrast:
         for x, want in zip(whole, wanted, strict=True):
             x.requires_grad_(want)
         leaves = [x for x in whole if x.requires_grad]
+        trained = [p for p in self.parameters if p.requires_grad]  # some may be frozen for a while
         # In float32: this loss is not scaled before its gradient, much of which fp16 would lose.
         with torch.autocast(whole[0].device.type, enabled=False):
             value, trivial = loss(*whole)[:2]
-            found = torch.autograd.grad(value, [*leaves, *self.parameters], allow_unused=True)
+            found = torch.autograd.grad(value, [*leaves, *trained], allow_unused=True)
         of_rows = iter(found[: len(leaves)])
         self._row_gradients = [next(of_rows) if x.requires_grad else None for x in whole]
-        of_parameters = zip(self.parameters, found[len(leaves) :], strict=True)
+        of_parameters = zip(trained, found[len(leaves) :], strict=True)
         self._parameter_gradients = [(p, g) for p, g in of_parameters if g is not None]
         self._value = value.detach(), trivial
 

@@ -16,7 +16,8 @@ MOST = 0.25  # share of a run that blocks are frozen for if they are to train as
 class FrozenBlocks:
     """Blocks that keep their weights: for good, or for the first ``frozen_epochs`` of a run.
 
-    The latter want gradients all the time, and what they get while they are frozen is dropped.
+    Where several processes train, which must agree on what wants gradients from the beginning, the
+    latter want them all the time, and what they get while they are frozen is dropped.
 
     Args:
         position: where the run stands; it keeps when they thawed.
@@ -30,6 +31,9 @@ class FrozenBlocks:
         self._steps = math.ceil(config.frozen_epochs * plan.batches / config.step_batches)
         if position.thawed is not None:
             self._free()
+        if plan.world_size == 1:
+            for parameter in self._resting:
+                parameter.requires_grad_(False)
 
     def drop_gradients(self) -> None:
         """Forget those of blocks that are frozen for a while, after each backward pass."""
