@@ -239,3 +239,11 @@ def test_what_compares_no_features_is_refused() -> None:
         create_objective(model, make_tokenizer(), config)
     assert {name for name, made in OBJECTIVES.items() if not made.CACHES_CONTRAST} == {"scan"}
     assert {name for name, _ in CASES} == OBJECTIVES.keys() - {"scan"}
+
+
+def test_what_contrasts_one_caption_refuses_more() -> None:
+    without = {name for name, made in OBJECTIVES.items() if not getattr(made, "MORE_CAPTIONS", 0)}
+    assert without == {"albef", "scan", "vsepp"}
+    config = TrainConfig(objective="vsepp", losses={"hinge": LossConfig()}, batch_size=4)
+    with pytest.raises(UsageError, match="vsepp contrasts one caption of each picture: leave"):
+        create_objective(make_model(fusion="none"), make_tokenizer(), config, 1)

@@ -77,23 +77,27 @@ def test_itc_of_several_captions_a_picture(image_id: list[int], captions: int) -
     assert float(losses.itc_trivial(4, 4 * captions)) == pytest.approx(guess, rel=1e-6)
 
 
-def slow_sigmoid(logits: Tensor, image_id: list[int]) -> Tensor:
-    number = len(image_id)
+def slow_sigmoid(logits: Tensor, image_id: list[int], text_id: list[int]) -> Tensor:
     terms = []
-    for i, j in itertools.product(range(number), repeat=2):
-        z = 1 if image_id[i] == image_id[j] else -1
+    for (i, image), (j, text) in itertools.product(enumerate(image_id), enumerate(text_id)):
+        z = 1 if image == text else -1
         terms.append(-(1 / (1 + (-z * logits[i, j]).exp())).log())
-    return torch.stack(terms).sum() / number
+    return torch.stack(terms).sum() / len(image_id)
 
 
+@pytest.mark.parametrize("each", [1, 3], ids=["", "more_captions"])
 @pytest.mark.parametrize("image_id", [[0, 1, 2, 3, 4], [0, 1, 0, 2, 0]])
-def test_sigmoid(image_id: list[int]) -> None:
-    ids = torch.tensor(image_id)
-    same = ids[:, None] == ids
-    agree(lambda s: losses.sigmoid(s, same), lambda s: slow_sigmoid(s, image_id), 3 * randn(5, 5))
+def test_sigmoid(image_id: list[int], each: int) -> None:
+    text_id = image_id * each
+    same = torch.tensor(image_id)[:, None] == torch.tensor(text_id)
+    agree(
+        lambda s: losses.sigmoid(s, same),
+        lambda s: slow_sigmoid(s, image_id, text_id),
+        3 * randn(5, 5 * each),
+    )
     # The best of constant guesses, tried one by one.
     guesses = torch.linspace(-6, 6, 4001)
-    best = min(float(losses.sigmoid(torch.full((5, 5), float(g)), same)) for g in guesses)
+    best = min(float(losses.sigmoid(torch.full(same.shape, float(g)), same)) for g in guesses)
     assert float(losses.sigmoid_base_rate(same)) == pytest.approx(best, rel=1e-4)
     assert float(losses.sigmoid_base_rate(torch.ones(2, 2, dtype=torch.bool))) == 0
 

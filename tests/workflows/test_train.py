@@ -278,6 +278,7 @@ def test_losses_come_in_on_schedule(scenes: Path, tmp_path: Path) -> None:
             ["model.eval_image_scale=1.25", "model.fusion=concat"],
             "fusion=concat numbers the patches of model.image_size and no others",
         ),
+        (["pretrain.objective=albef", "data.more_captions=1"], "albef contrasts one caption of"),
         (["pretrain.rate=1"], "'pretrain.rate' is not a setting"),
     ],
 )

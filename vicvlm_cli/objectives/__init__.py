@@ -6,7 +6,8 @@ and the trivial value of each, and ``after_step()``, called once an optimiser st
 the settings that make the method: its fusion, its losses and how it is fine-tuned. They are laid
 over a preset where the method is asked for by name. ``MODEL`` is the kind of model that it trains,
 where that is not any :class:`VLM`. Where ``CACHES_CONTRAST`` is true, ``forward`` also takes a
-:class:`~vicvlm_cli.objectives.cached.CachedContrast`, and contrasts all batches of a step.
+:class:`~vicvlm_cli.objectives.cached.CachedContrast`, and contrasts all batches of a step. Where
+``MORE_CAPTIONS`` is true, it contrasts further captions that a batch has of its pictures.
 """
 
 from __future__ import annotations
@@ -65,8 +66,13 @@ def recipe_of(name: str) -> Mapping[str, Any]:
     return merge({"pretrain": {"objective": name}}, recipe)
 
 
-def create_objective(model: RetrievalModel, tokenizer: Tokenizer, config: TrainConfig) -> nn.Module:
+def create_objective(
+    model: RetrievalModel, tokenizer: Tokenizer, config: TrainConfig, more_captions: int = 0
+) -> nn.Module:
     """The objective that ``config`` names, around ``model``.
+
+    Args:
+        more_captions: how many further captions of each picture batches will have.
 
     Raises:
         UsageError: an unknown objective or option, weights whose names are not its losses, or a
@@ -82,6 +88,11 @@ def create_objective(model: RetrievalModel, tokenizer: Tokenizer, config: TrainC
         raise UsageError(
             f"{config.objective} has no contrast of features that --contrastive-batch can take "
             "over several batches: leave it out, and raise --batch-size instead"
+        )
+    if more_captions and not getattr(objective, "MORE_CAPTIONS", False):
+        raise UsageError(
+            f"{config.objective} contrasts one caption of each picture: leave data.more_captions "
+            "at 0, or choose another objective"
         )
     known = tuple(dict.fromkeys([*objective.LOSSES, *TERMS]))
     for name in config.losses:

@@ -14,7 +14,7 @@ from vicvlm_cli.data.tokenizer import Tokenizer
 from vicvlm_cli.errors import UsageError
 from vicvlm_cli.model.vlm import VLM
 from vicvlm_cli.objectives import losses
-from vicvlm_cli.objectives.alignment import clamp_temperature, contrast
+from vicvlm_cli.objectives.alignment import clamp_temperature, contrast, contrasted_rows
 from vicvlm_cli.objectives.cached import Cached, over_step
 from vicvlm_cli.objectives.ranks import Noise
 from vicvlm_cli.objectives.retrieval import Losses
@@ -29,6 +29,7 @@ class CLIP(nn.Module):
 
     LOSSES = ("itc",)
     CACHES_CONTRAST: ClassVar[bool] = True
+    MORE_CAPTIONS: ClassVar[bool] = True
     RECIPE: ClassVar[dict[str, Any]] = {
         "model": {"fusion": "none"},
         "pretrain": {"losses": {"itc": {}}},
@@ -59,15 +60,24 @@ class CLIP(nn.Module):
         if self.bias is None:
             contrasted = contrast(self.model, image, text, batch, cached)
             return {"itc": contrasted.loss}, {"itc": contrasted.trivial}
-        rows = image.features.float(), text.features.float(), batch.image_id
+        rows = contrasted_rows(self.model, image, text, batch)
         loss, guess = over_step(self._sigmoid, *rows, cached=cached)
         return {"itc": loss}, {"itc": guess}
 
-    def _sigmoid(self, images: Tensor, texts: Tensor, image_id: Tensor) -> tuple[Tensor, Tensor]:
-        """SigLIP's loss of features [G, P], and that of the best constant guess."""
+    def _sigmoid(
+        self, images: Tensor, texts: Tensor, image_id: Tensor, more: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """SigLIP's loss of features [G, P], and that of the best constant guess.
+
+        ``more``: further captions [G, E, P].
+        """
         assert self.bias is not None
-        logits = self.model.logit_scale.exp() * (images @ texts.T) + self.bias  # [G, G]
-        same = image_id[:, None] == image_id[None, :]
+        captions = image_id
+        if more is not None:
+            texts = torch.cat([texts, *more.unbind(1)])  # [(1 + E) * G, P]
+            captions = image_id.repeat(1 + more.shape[1])
+        logits = self.model.logit_scale.exp() * (images @ texts.T) + self.bias  # [G, (1 + E) * G]
+        same = image_id[:, None] == captions[None, :]
         return losses.sigmoid(logits, same), losses.sigmoid_base_rate(same)
 
     def after_step(self) -> None:

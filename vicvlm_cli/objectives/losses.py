@@ -42,8 +42,8 @@ def sigmoid(logits: Tensor, same: Tensor) -> Tensor:
     """Pairwise sigmoid loss, summed over texts and averaged over pictures (SigLIP, 2303.15343).
 
     Args:
-        logits: [B, B], pictures in rows.
-        same: bool [B, B], the pairs of one picture: all of them are positives.
+        logits: [B, K], pictures in rows, captions in columns.
+        same: bool [B, K], the pairs of one picture: all of them are positives.
     """
     return F.softplus(torch.where(same, -logits, logits)).sum() / len(logits)
 
@@ -51,7 +51,7 @@ def sigmoid(logits: Tensor, same: Tensor) -> Tensor:
 def sigmoid_base_rate(same: Tensor) -> Tensor:
     """:func:`sigmoid` of the best constant guess: the entropy of the share of positives."""
     p = same.float().mean()
-    return len(same) * (torch.special.entr(p) + torch.special.entr(1 - p))
+    return same.shape[1] * (torch.special.entr(p) + torch.special.entr(1 - p))
 
 
 def hinge(similarity: Tensor, image_id: Tensor, margin: float, hardest: bool) -> Tensor:

@@ -47,6 +47,7 @@ class MAMO(nn.Module):
 
     LOSSES = ("itc", "itm", "mlm", "mim", "mrm")
     CACHES_CONTRAST: ClassVar[bool] = True
+    MORE_CAPTIONS: ClassVar[bool] = True
     RECIPE: ClassVar[dict[str, Any]] = {
         "model": {"fusion": "concat", "eval_image_scale": 1.0},
         "pretrain": {"losses": {"itc": {}, "itm": {}, "mlm": {}, "mim": {}, "mrm": {}}},

@@ -37,6 +37,7 @@ class MaskVLM(nn.Module):
 
     LOSSES = ("itc", "itm", "mlm", "mim")
     CACHES_CONTRAST: ClassVar[bool] = True
+    MORE_CAPTIONS: ClassVar[bool] = True
     RECIPE: ClassVar[dict[str, Any]] = {
         "model": {"fusion": "co_attention"},
         "pretrain": {"losses": {"itc": {}, "itm": {}, "mlm": {}, "mim": {}}},

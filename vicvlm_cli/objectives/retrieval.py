@@ -25,6 +25,7 @@ class Retrieval(nn.Module):
 
     LOSSES = ("itc", "itm")
     CACHES_CONTRAST: ClassVar[bool] = True
+    MORE_CAPTIONS: ClassVar[bool] = True
     RECIPE: ClassVar[dict[str, Any]] = {
         "pretrain": {"losses": {"itc": {}, "itm": {}}},
         "finetune": {"objective": "retrieval", "losses": {"itc": {}, "itm": {}}},

@@ -100,6 +100,7 @@ class SSMKE(nn.Module):
 
     LOSSES = ("itc", "kd")
     CACHES_CONTRAST: ClassVar[bool] = True
+    MORE_CAPTIONS: ClassVar[bool] = True
     RECIPE: ClassVar[dict[str, Any]] = {
         "model": {"fusion": "shared"},
         "pretrain": {"losses": {"itc": {}, "kd": {}}},

@@ -48,6 +48,7 @@ class VicVLM(nn.Module):
 
     LOSSES = ("itc", "itm", "mim", "joint_mim", "mlm", "variance", "covariance", "invariance")
     CACHES_CONTRAST: ClassVar[bool] = True
+    MORE_CAPTIONS: ClassVar[bool] = True
     # Small weights, and ITC first: with all at 1 from the start, short trainings learn nothing.
     RECIPE: ClassVar[dict[str, Any]] = {
         "pretrain": {

@@ -42,6 +42,7 @@ class ViLT(nn.Module):
     LOSSES: tuple[str, ...] = ("itc", "itm", "mlm", "wpa")
     MODEL = SingleStream
     CACHES_CONTRAST: ClassVar[bool] = True
+    MORE_CAPTIONS: ClassVar[bool] = True
     RECIPE: ClassVar[dict[str, Any]] = {
         "model": {"fusion": "single_stream"},
         "pretrain": {
@@ -165,6 +166,7 @@ class ViLTRanking(nn.Module):
     LOSSES: tuple[str, ...] = ("itc", "ranking", "itm")
     MODEL = SingleStream
     CACHES_CONTRAST: ClassVar[bool] = True
+    MORE_CAPTIONS: ClassVar[bool] = True
     RECIPE: ClassVar[dict[str, Any]] = {
         "model": {"fusion": "single_stream"},
         "pretrain": {"losses": {"itc": {}, "ranking": {}, "itm": {"weight": 0.5}}, **ALL_TRAIN},

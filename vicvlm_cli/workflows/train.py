@@ -209,7 +209,7 @@ def _train(
     )
     check_views(job.model, config)
     job.model.image_encoder.freeze(config.frozen_blocks, for_good=not config.frozen_epochs)
-    objective = create_objective(job.model, job.tokenizer, config)
+    objective = create_objective(job.model, job.tokenizer, config, data.more_captions)
     groups = parameter_groups(objective, config)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
     objective, optimizer = accelerator.prepare(objective, optimizer)
