@@ -117,7 +117,7 @@ def slow_hinge(similarity: Tensor, image_id: list[int], margin: float, hardest: 
         if hardest:
             total = total + torch.stack([torch.stack(row).max() for row in costs]).sum() / number
         else:
-            within = [cost for row in costs for cost in row if float(cost) > 0]
+            within = [cost for row in costs for cost in row if float(cost.detach()) > 0]
             total = total + torch.stack(within).mean()
     return total
 
