@@ -91,8 +91,8 @@ PROJECTED: dict[str, dict[str, float]] = {
 }
 SMALL_STEPS = ("pretrain.batch_size=64", *frozen(6))
 AT_ONCE = frozen(0)  # both encoders train from the first step
-# What rows were laid over before the preset changed: their results have folders of their own.
 NO_MIRROR = ("model.eval_mirror=false",)
+# What rows were laid over before the preset changed: their results have folders of their own.
 BASES: dict[str, tuple[str, ...]] = {
     "lr-1e-3": ("pretrain.lr=1e-3", *AT_ONCE, *NO_MIRROR),
     "no-mirror": NO_MIRROR,
