@@ -91,11 +91,12 @@ PROJECTED: dict[str, dict[str, float]] = {
 }
 SMALL_STEPS = ("pretrain.batch_size=64", *frozen(6))
 AT_ONCE = frozen(0)  # both encoders train from the first step
-NO_MIRROR = ("model.eval_mirror=false",)
+NO_MIRROR = ("model.eval_views=1",)
 # What rows were laid over before the preset changed: their results have folders of their own.
 BASES: dict[str, tuple[str, ...]] = {
     "lr-1e-3": ("pretrain.lr=1e-3", *AT_ONCE, *NO_MIRROR),
     "no-mirror": NO_MIRROR,
+    "mirror": ("model.eval_views=2",),
 }
 LEVERS: dict[str, tuple[str, ...]] = {
     "batch-96": ("pretrain.batch_size=96",),

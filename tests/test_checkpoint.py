@@ -245,6 +245,21 @@ def test_an_older_file_has_one_weight_for_both_directions(saved: Path, tmp_path:
     assert load_model(path, device="cpu").info.rerank_weights == (0.5, 0.5)
 
 
+@pytest.mark.parametrize(("mirror", "views"), [(True, 2), (False, 1)])
+def test_an_older_file_says_whether_pictures_are_mirrored(
+    mirror: bool, views: int, saved: Path, tmp_path: Path
+) -> None:
+    with safe_open(saved, framework="pt") as file:
+        config = json.loads(file.metadata()["config"])
+    del config["model"]["eval_views"]
+    config["model"]["eval_mirror"] = mirror
+    path = rewrite(saved, tmp_path / "a.safetensors", config=json.dumps(config))
+    loaded = load_model(path, device="cpu")
+    assert loaded.vlm.config.eval_views == views
+    load_config(base=loaded.info.config)  # fine-tuning starts from it
+    assert load_model(path, device="cpu", eval_views=7).vlm.config.eval_views == 7
+
+
 def test_weights_that_do_not_fit_the_header_are_refused(saved: Path, tmp_path: Path) -> None:
     with safe_open(saved, framework="pt") as file:
         header = file.metadata()

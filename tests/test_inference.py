@@ -64,26 +64,50 @@ def test_pictures_are_embedded_at_the_size_for_evaluation():
     assert seen == [(2, 3, 24, 24)]
 
 
-def test_mirror_images_may_be_embedded_with_pictures():
+def _embedded(vlm, images, **options):
+    batches = encode_image_batches(vlm, images, lambda x: x, device=torch.device("cpu"), **options)
+    return next(iter(batches)).encoded
+
+
+@pytest.mark.parametrize("views", [2, 3, 7])
+def test_a_picture_may_be_embedded_as_the_mean_of_views_of_it(views):
     from vicvlm_cli.data.transforms import image_to_array
 
-    vlm = make_model(fusion="cross_attention", eval_mirror=True).eval()
+    vlm = make_model(fusion="cross_attention", eval_views=views).eval()
+    size = vlm.eval_image_size
     images = pictures(3)
+    encoded = _embedded(vlm, images)
 
-    def embed(images):
-        batches = encode_image_batches(vlm, images, lambda x: x, device=torch.device("cpu"))
-        return next(iter(batches)).encoded
+    def seen(change=lambda x: x, side=size):
+        arrays = [torch.from_numpy(image_to_array(i, side)) for i in images]
+        with torch.no_grad():
+            return vlm.encode_image(change(torch.stack(arrays)))
 
-    encoded = embed(images)
-    pixels = torch.stack([torch.from_numpy(image_to_array(i, vlm.eval_image_size)) for i in images])
-    with torch.no_grad():
-        one, other = vlm.encode_image(pixels), vlm.encode_image(pixels.flip(3))
-    mean = torch.nn.functional.normalize(one.features + other.features, dim=1)
+    large = round(size / 0.8)
+    far, half = large - size, (large - size) // 2
+    one = seen()
+    each = [
+        one,
+        seen(lambda x: x.flip(3)),
+        seen(lambda x: x[..., half : half + size, half : half + size], large),
+        seen(lambda x: x[..., :size, :size], large),
+        seen(lambda x: x[..., :size, far:].flip(3), large),
+        seen(lambda x: x[..., far:, :size], large),
+        seen(lambda x: x[..., far:, far:].flip(3), large),
+    ][:views]
+    mean = torch.nn.functional.normalize(sum(x.features for x in each), dim=1)
     assert torch.allclose(encoded.features, mean, atol=1e-6)
     assert not torch.allclose(encoded.features, one.features, atol=1e-3)
     assert torch.allclose(encoded.tokens, one.tokens, atol=1e-6)
-    mirrored = embed([image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for image in images])
-    assert torch.allclose(mirrored.features, encoded.features, atol=1e-5)
+    assert torch.allclose(_embedded(vlm, images, views=1).features, one.features, atol=1e-6)
+
+
+def test_a_picture_with_its_mirror_image_is_as_its_mirror_image_with_it():
+    vlm = make_model(fusion="cross_attention", eval_views=2).eval()
+    images = pictures(3)
+    mirrored = [image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for image in images]
+    one, other = _embedded(vlm, images), _embedded(vlm, mirrored)
+    assert torch.allclose(one.features, other.features, atol=1e-5)
 
 
 def test_paths_bytes_and_pictures_are_the_same_to_it(tiny_model, tmp_path):

@@ -18,12 +18,12 @@ from torch import Tensor
 from vicvlm_cli.config import from_dict, to_dict
 from vicvlm_cli.data.tokenizer import Tokenizer
 from vicvlm_cli.device import best_device
-from vicvlm_cli.errors import UserError
+from vicvlm_cli.errors import UsageError, UserError
 from vicvlm_cli.inference import LoadedModel
 from vicvlm_cli.model.create import build_model
 from vicvlm_cli.model.query_bank import QueryBank
 from vicvlm_cli.model.vlm import RerankWeights, RetrievalModel
-from vicvlm_cli.settings import ModelConfig
+from vicvlm_cli.settings import VIEWS, ModelConfig
 
 FORMAT_VERSION = 2  # 2: may hold a query bank
 BANK = "query_bank."  # what its tensors' names begin with
@@ -98,7 +98,7 @@ def load_model(
     device: torch.device | str | None = None,
     *,
     eval_image_scale: float | None = None,
-    eval_mirror: bool | None = None,
+    eval_views: int | None = None,
 ) -> LoadedModel:
     """Load a checkpoint, or the ``model.safetensors`` of a run's folder, ready for inference.
 
@@ -109,19 +109,23 @@ def load_model(
         device: where the model goes; None picks the GPU if there is one.
         eval_image_scale: side of the pictures to embed, in that of training; None is the
             checkpoint's own.
-        eval_mirror: whether pictures are embedded together with their mirror images; None is the
-            checkpoint's own.
+        eval_views: of each picture, whose mean is its feature; None is the checkpoint's own.
 
     Raises:
         UserError: the file is missing, truncated, foreign, or made by a newer version, or the model
             takes no other size of pictures.
+        UsageError: a number of views that there is not.
     """
+    if eval_views is not None and eval_views not in VIEWS:
+        raise UsageError(f"views of a picture are {', '.join(map(str, VIEWS))}, not {eval_views}")
     path = Path(path)
     if path.is_dir():
         path = path / FILE_NAME
     header, tensors = _read(path)
     try:
         config = json.loads(header["config"])
+        if config["model"].pop("eval_mirror", False):  # what files had before there were crops
+            config["model"]["eval_views"] = 2
         model = build_model(from_dict(ModelConfig, config["model"]))
         tokenizer = Tokenizer.from_json(header["tokenizer"])
         # Older files have one number for both directions.
@@ -139,7 +143,7 @@ def load_model(
         raise UserError(
             f"{path} has a damaged vicvlm header: {error}; train or copy it again"
         ) from error
-    given = {"eval_image_scale": eval_image_scale, "eval_mirror": eval_mirror}
+    given = {"eval_image_scale": eval_image_scale, "eval_views": eval_views}
     asked: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
     if asked:
         model = build_model(replace(model.config, **asked))

@@ -223,7 +223,7 @@ def evaluate(
     top_k: o.Candidates = 128,
     all_pairs: o.AllPairs = False,
     image_scale: o.ImageScale = None,
-    mirror: o.Mirror = None,
+    views: o.Views = None,
     batch_size: o.EncodeBatch = 64,
     as_json: o.AsJson = False,
 ) -> None:
@@ -241,7 +241,7 @@ def evaluate(
         top_k=top_k,
         all_pairs=all_pairs,
         image_scale=image_scale,
-        mirror=mirror,
+        views=views,
         batch_size=batch_size,
         progress=progress,
     )
@@ -255,6 +255,7 @@ def embed(
     checkpoint: o.CheckpointPath = None,
     split: o.SplitOrAll = None,
     output: o.GalleryFolder = None,
+    views: o.Views = None,
     batch_size: o.EncodeBatch = 64,
     as_json: o.AsJson = False,
 ) -> None:
@@ -262,7 +263,15 @@ def embed(
     from vicvlm_cli.report.tables import gallery_tables
 
     progress = make_progress()
-    result = _embed(source, checkpoint, progress, split=split, output=output, batch_size=batch_size)
+    result = _embed(
+        source,
+        checkpoint,
+        progress,
+        split=split,
+        output=output,
+        views=views,
+        batch_size=batch_size,
+    )
     show(result, as_json, gallery_tables)
 
 

@@ -60,7 +60,7 @@ def _build(cls: type[T], mapping: Mapping[str, Any], where: str, problems: list[
             continue
         values[key] = _coerce(hints[key], raw, path, problems)
         if path in CHOICES and values[key] not in CHOICES[path]:
-            problems.append(f"{path} is {raw!r}, not one of {', '.join(CHOICES[path])}")
+            problems.append(f"{path} is {raw!r}, not one of {', '.join(map(str, CHOICES[path]))}")
         number = values[key] if isinstance(values[key], (int, float)) else 1
         if key in POSITIVE and number <= 0:
             problems.append(f"{path} is {raw!r}, and must be above 0")

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from vicvlm_cli.data.images import BadImage, ImageSource, load_rgb
 from vicvlm_cli.data.tokenizer import Tokenizer
-from vicvlm_cli.data.transforms import image_to_array
+from vicvlm_cli.data.transforms import enlarged_side, image_to_array, other_views
 from vicvlm_cli.device import supports_bf16
 from vicvlm_cli.errors import UserError
 from vicvlm_cli.model.query_bank import QueryBank
@@ -63,16 +63,16 @@ def inferring(vlm: RetrievalModel, device: torch.device, precision: str = "auto"
             module.training = training
 
 
-def _embedded(vlm: RetrievalModel, pixels: Tensor) -> Encoded:
-    """Pictures uint8 [B, 3, S, S], encoded; their features with those of their mirror images.
+def _embedded(vlm: RetrievalModel, whole: Tensor, enlarged: Tensor | None, views: int) -> Encoded:
+    """Pictures uint8 [B, 3, S, S], and enlarged where there are crops of them, encoded.
 
-    The latter only where the model's ``eval_mirror`` is set. Tokens are the picture's own.
+    Features are the mean over the ``views``, tokens those of the whole picture.
     """
-    encoded = vlm.encode_image(pixels)
-    if not vlm.config.eval_mirror:
-        return _normalized(encoded)
-    mirrored = vlm.encode_image(pixels.flip(-1)).features
-    return _normalized(encoded._replace(features=encoded.features.float() + mirrored.float()))
+    encoded = vlm.encode_image(whole)
+    features = encoded.features.float()
+    for view in other_views(whole, enlarged, views):  # one at a time: no more memory than one takes
+        features = features + vlm.encode_image(view).features.float()
+    return _normalized(encoded._replace(features=features))
 
 
 def _normalized(encoded: Encoded) -> Encoded:
@@ -96,35 +96,45 @@ def encode_image_batches(
     device: torch.device,
     precision: str = "auto",
     batch_size: int = IMAGE_BATCH,
+    views: int | None = None,
 ) -> Iterator[ImageBatch]:
     """Encodes pictures in batches, in order; threads decode the next batch meanwhile.
 
     `load` turns one source into an RGB picture; those for which it raises `BadImage` are left out
-    and named with the reason. A batch may come out empty.
+    and named with the reason. A batch may come out empty. `views` of each picture: None is the
+    model's own number, `eval_views`.
     """
-    size = vlm.eval_image_size
+    views = vlm.config.eval_views if views is None else views
+    sides = [vlm.eval_image_size]
+    if (enlarged := enlarged_side(sides[0], views)) is not None:
+        sides.append(enlarged)
 
-    def read(source: T) -> np.ndarray | str:
+    def read(source: T) -> list[np.ndarray] | str:
         try:
-            return image_to_array(load(source), size)
+            image = load(source)
+            return [image_to_array(image, side) for side in sides]
         except BadImage as error:
             return error.reason
 
     remaining, start = iter(sources), 0
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
 
-        def submit() -> list[Future[np.ndarray | str]]:
+        def submit() -> list[Future[list[np.ndarray] | str]]:
             return [pool.submit(read, source) for source in islice(remaining, batch_size)]
 
         waiting = submit()
         while waiting:
             read_now, waiting = [future.result() for future in waiting], submit()
-            good = {i: p for i, p in enumerate(read_now, start) if isinstance(p, np.ndarray)}
+            good = {i: p for i, p in enumerate(read_now, start) if not isinstance(p, str)}
             bad = [(i, p) for i, p in enumerate(read_now, start) if isinstance(p, str)]
             start += len(read_now)
-            pixels = np.stack(list(good.values())) if good else np.empty((0, 3, size, size), "u1")
+            pixels = []
+            for number, side in enumerate(sides):
+                rows = [arrays[number] for arrays in good.values()]
+                stacked = np.stack(rows) if rows else np.empty((0, 3, side, side), "u1")
+                pixels.append(torch.from_numpy(stacked).to(device))
             with inferring(vlm, device, precision):
-                encoded = _embedded(vlm, torch.from_numpy(pixels).to(device))
+                encoded = _embedded(vlm, pixels[0], pixels[1] if pixels[1:] else None, views)
             yield ImageBatch(list(good), encoded, bad)
 
 

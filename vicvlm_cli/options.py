@@ -106,11 +106,12 @@ ImageScale = Annotated[
         "Side of the pictures, in that of training. [default: the checkpoint's]", "--image-scale"
     ),
 ]
-Mirror = Annotated[
-    bool | None,
+Views = Annotated[
+    int | None,
     _option(
-        "Embed pictures together with their mirror images. [default: the checkpoint's]",
-        "--mirror/--no-mirror",
+        "Views of each picture, whose mean is its feature: 1, 2 with its mirror image, 3 with its "
+        "centre, 7 with its corners. [default: the checkpoint's]",
+        "--views",
     ),
 ]
 AllPairs = Annotated[bool, _option("Score every pair; what it costs is said first.", "--all-pairs")]

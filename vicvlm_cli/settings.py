@@ -23,7 +23,7 @@ class ModelConfig:
     image_weights: str = ""
     image_size: int = 224
     eval_image_scale: float = 1.0  # side of pictures that are embedded, in that of training
-    eval_mirror: bool = False  # pictures are embedded as the mean of them and their mirror image
+    eval_views: int = 1  # of each picture that is embedded, their mean: see transforms.other_views
     image_options: dict[str, Any] = field(default_factory=dict)
     image_pool: str = "mean"  # or "max", which finds small things sooner; the class token is added
     image_positions: str = "learned"  # or "sincos": fixed-scale start, for short runs from scratch
@@ -153,8 +153,10 @@ class Config:
     finetune: TrainConfig = field(default_factory=lambda: TrainConfig(objective="retrieval"))
 
 
-CHOICES = {
+VIEWS = (1, 2, 3, 7)  # of a picture: whole, its mirror image, its centre, its four corners
+CHOICES: dict[str, tuple[str | int, ...]] = {
     "model.image_pool": ("mean", "max"),
+    "model.eval_views": VIEWS,
     "model.image_positions": ("learned", "sincos"),
     "model.fusion": (
         "concat",

@@ -152,7 +152,7 @@ def test_a_trainings_summary():
     text = shown(tables.training_tables(trained))
     assert "1,900 steps, 121,600 pairs in 20.0 minutes (101 pairs/s)" in text
     assert "runs/one/model.safetensors" in text
-    best = next(line for line in text.splitlines() if "best" in line)
+    best = next(line for line in text.splitlines() if "kept" in line)
     assert "400" in best and "4.0" in best
     assert "33.3" in next(line for line in text.splitlines() if "re-ranked" in line)
     assert " 300 " not in text  # neither among the last nor the best

@@ -35,9 +35,10 @@ def test_a_bank_is_spread_over_captions_and_pictures(tiny_model, tiny_data, monk
     assert (len(whole.texts), len(whole.images)) == (len(captions), len(split)) == (40, 8)
     assert whole.text_image.tolist() == [i for i in range(8) for _ in range(5)]
     assert torch.allclose(whole.texts, tiny_model.encode_texts(captions), atol=1e-3)
-    monkeypatch.setattr(bank, "SIZE", 17)
+    monkeypatch.setattr(bank, "CAPTIONS", 17)
     assert made().text_image.tolist() == [i for i in range(8) for _ in range(2)]
-    monkeypatch.setattr(bank, "SIZE", 4)
+    monkeypatch.setattr(bank, "PICTURES", 4)
+    monkeypatch.setattr(bank, "CAPTIONS", 3)
     few = made()
     assert few.weights is None and few.text_image.tolist() == [0, 1, 2, 3]
     texts = tiny_model.encode_texts(captions[::10])
@@ -66,9 +67,10 @@ def balanced(pretrained: TrainResult, tmp_path_factory) -> Path:
 
 
 def test_the_end_of_a_training_chooses_its_weights(pretrained: TrainResult):
-    row = pretrained.validation[-1]
+    row = pretrained.best
     loaded = load_model(pretrained.checkpoint, device="cpu")
-    assert loaded.bank is not None and loaded.bank.weights == tuple(row["bank_weights"].values())
+    assert row is not None and loaded.bank is not None
+    assert loaded.bank.weights == tuple(row["bank_weights"].values())
     for way in ("image_retrieval", "text_retrieval"):
         assert row["banked"][way]["r1"] >= row["dual"][way]["r1"]
 

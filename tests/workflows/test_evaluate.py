@@ -138,12 +138,17 @@ def test_mistakes_get_a_sentence(tiny_checkpoint, tiny_data, tmp_path):
         evaluate(tiny_checkpoint, tiny_data, batch_size=0, progress=QUIET)
 
 
-def test_pictures_may_be_evaluated_with_their_mirror_images(tiny_checkpoint, tiny_data, capsys):
+def test_pictures_may_be_evaluated_by_several_views(tiny_checkpoint, tiny_data, capsys):
     own = evaluate(tiny_checkpoint, tiny_data, top_k=4, progress=QUIET)
-    mirrored = evaluate(tiny_checkpoint, tiny_data, top_k=4, mirror=True, progress=Progress())
+    mirrored = evaluate(tiny_checkpoint, tiny_data, top_k=4, views=2, progress=Progress())
     assert "and their mirror images" in capsys.readouterr().err
     assert mirrored.evaluation.dual != own.evaluation.dual
-    assert evaluate(tiny_checkpoint, tiny_data, top_k=4, mirror=False, progress=QUIET) == own
+    cropped = evaluate(tiny_checkpoint, tiny_data, top_k=4, views=7, progress=Progress())
+    assert "7 views of each" in capsys.readouterr().err
+    assert cropped.evaluation.dual != mirrored.evaluation.dual
+    assert evaluate(tiny_checkpoint, tiny_data, top_k=4, views=1, progress=QUIET) == own
+    with pytest.raises(UsageError, match="1, 2, 3, 7, not 4"):
+        evaluate(tiny_checkpoint, tiny_data, views=4, progress=QUIET)
 
 
 def test_pictures_may_be_evaluated_at_another_size(make_checkpoint, tiny_data, capsys):

@@ -22,23 +22,24 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 def test_validations_are_logged_and_told(pretrained: TrainResult) -> None:
     lines = rows(pretrained.run, "validation")
-    # After the first epoch, and at the end with re-ranking.
-    assert [line["step"] for line in lines] == [6, 12]
-    assert [line["reranked"] is None for line in lines] == [True, False]
+    # After the first epoch and at the end by features alone, then the weights kept by all there is.
+    kept = rows(pretrained.run, "kept")
+    assert [line["step"] for line in [*lines, *kept]] == [6, 12, 12]
+    assert [line["reranked"] is None for line in [*lines, *kept]] == [True, True, False]
+    assert [line["banked"] is None for line in [*lines, *kept]] == [True, True, False]
     assert lines[-1]["dual"]["images"] == 16 and lines[-1]["dual"]["captions"] == 80
-    assert pretrained.validation == [
-        {k: v for k, v in line.items() if k != "kind"} for line in lines
-    ]
+    told = [{k: v for k, v in line.items() if k != "kind"} for line in [*lines, *kept]]
+    assert [*pretrained.validation, pretrained.best] == told
     notes = " | ".join(pretrained.notes)  # type: ignore[attr-defined]
     assert "preset: vicvlm-tiny (default for scenes; --preset to change)" in notes
     assert "12 steps of 16 pairs, cpu no, 1 process," in notes
-    assert "validation at step 6: R@1" in notes
+    assert "validation at step 6: R@1" in notes and "weights kept, of step 12: R@1" in notes
 
 
 def scripted(rsums: list[float], patch: pytest.MonkeyPatch) -> list[dict[str, Tensor]]:
-    """Validations that find these figures and a re-ranking weight of 7, and what each has seen.
+    """Validations that find these figures, and the weights that each has seen.
 
-    A validation beyond these is a real one.
+    One beyond these is a real one.
     """
     seen: list[dict[str, Tensor]] = []
     real = evaluate_split
@@ -53,7 +54,6 @@ def scripted(rsums: list[float], patch: pytest.MonkeyPatch) -> list[dict[str, Te
             "rsum": dual.rsum,
             "reranked": None,
             "rerank_weights": {"image_retrieval": 7.0, "text_retrieval": 8.0},
-            "bank_weights": {"image_retrieval": 0.5, "text_retrieval": 1.0},
         }
         return SimpleNamespace(dual=dual, own=dual, to_dict=lambda: row)
 
@@ -87,11 +87,11 @@ def test_the_weights_kept_are_the_best_or_the_last(
     number = len(rsums)
     assert all(not equal(seen[i], seen[i + 1]) for i in range(number - 1))
     assert equal(weights(tmp_path / "f"), seen[kept])
-    if kept == number - 1:
-        assert len(seen) == number and result.rerank_weights == (7, 8)
-    else:  # the kept weights are re-ranked after the end, and keep the place of their row
-        assert len(seen) == number + 1 and equal(seen[number], seen[kept])
-        assert result.validation[kept]["reranked"] and result.rerank_weights != (7, 8)
+    # The weights kept are measured by all that scores them after the end.
+    assert len(seen) == number + 1 and equal(seen[number], seen[kept])
+    assert result.best is not None and result.best["reranked"]
+    assert result.best["step"] == result.validation[kept]["step"]
+    assert result.rerank_weights == tuple(result.best["rerank_weights"].values()) != (7, 8)
     # Fine-tuning that keeps the best begins by measuring where it starts from.
     assert [row["step"] for row in result.validation] == [0, 6, 12, 18][-number:]
     assert {row.name for row in result.losses} == {"itc", "itm"}
@@ -101,7 +101,7 @@ def test_the_weights_kept_are_the_best_or_the_last(
     assert info.rerank_weights == result.rerank_weights
     # The bank is that of the weights kept, with what their validation chose for it.
     assert bank is not None
-    assert bank.weights == tuple(result.validation[kept]["bank_weights"].values())
+    assert bank.weights == tuple(result.best["bank_weights"].values())
     train = PreparedDataset.open(scenes).split("train")
     image = loaded.encode_images([train.image(5)])[0]
     assert torch.allclose(bank.images[5], image, atol=1e-2)
@@ -130,3 +130,14 @@ def test_a_score_that_stands_alone_is_what_validations_go_by(scenes: Path, tmp_p
         assert row["rsum"] == row["reranked"]["rsum"]
         assert row["reranked"] != row["dual"]
     assert result.best is max(result.validation, key=lambda row: row["reranked"]["rsum"])
+
+
+def test_trainings_validate_on_one_view_and_end_with_all(scenes: Path, tmp_path: Path) -> None:
+    settings = ["model.eval_views=7", "pretrain.validate_every=1", "pretrain.epochs=2"]
+    result = run(scenes, tmp_path / "run", *settings)
+    assert result.best is not None and result.best["step"] == result.validation[-1]["step"]
+    assert result.best["dual"] != result.validation[-1]["dual"]
+    loaded = load_model(result.checkpoint, device="cpu")
+    assert loaded.vlm.config.eval_views == 7 and loaded.bank is not None
+    image = loaded.encode_images([PreparedDataset.open(scenes).split("train").image(5)])[0]
+    assert torch.allclose(loaded.bank.images[5], image, atol=1e-2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +18,9 @@ from vicvlm_cli.settings import DataConfig
 _SIDE = re.compile(r"\b(?:left|right|leftmost|rightmost|lefthand|righthand)\b", re.IGNORECASE)
 # Head room for random crops: the loader's pictures are this much larger than the model's.
 CROP_MARGIN = 1.125
+# Side of the crops that are embedded beside a whole picture, in that of the picture. They are shown
+# as large as it is: things in them are of the sizes that random crops train on.
+VIEW_CROP = 0.8
 
 
 def image_to_array(image: Image.Image, size: int) -> np.ndarray:
@@ -30,6 +34,33 @@ def image_to_array(image: Image.Image, size: int) -> np.ndarray:
         pixels = F.interpolate(pixels[None], (size, size), mode="bicubic", antialias=True)[0]
     # By numpy: torch would wake its threads for it, and decoding threads are many already.
     return np.ascontiguousarray(pixels.numpy())
+
+
+def enlarged_side(size: int, views: int) -> int | None:
+    """Side of the whole picture whose windows of ``size`` are its crops; None: there are none."""
+    return round(size / VIEW_CROP) if views > 2 else None
+
+
+def other_views(whole: Tensor, enlarged: Tensor | None, views: int) -> Iterator[Tensor]:
+    """What is embedded beside the pictures as they are, up to ``views`` with these.
+
+    Their mirror images, then their centres, then their corners, every second one mirrored: fewer
+    than the ten crops of Krizhevsky et al. (NeurIPS 2012, sec. 4.1), and all of the picture first.
+
+    Args:
+        whole: [B, 3, S, S].
+        enlarged: the same pictures [B, 3, L, L] with L of :func:`enlarged_side`.
+        views: 1, 2, 3 or 7.
+    """
+    if views > 1:
+        yield whole.flip(3)
+    if enlarged is None:
+        return
+    size, far = whole.shape[3], enlarged.shape[3] - whole.shape[3]
+    corners = [(0, 0), (0, far), (far, 0), (far, far)] if views > 3 else []
+    for number, (top, left) in enumerate([(far // 2, far // 2), *corners]):
+        crop = enlarged[:, :, top : top + size, left : left + size]
+        yield crop.flip(3) if number % 2 == 0 and number else crop
 
 
 def names_no_side(caption: str) -> bool:

@@ -123,6 +123,7 @@ def evaluate_split(
     bank: QueryBank | None = None,
     batch_size: int = IMAGE_BATCH,
     images: int | None = None,
+    views: int | None = None,
     progress: Progress,
 ) -> Evaluation:
     """Encodes a split once and measures both tables on it.
@@ -137,6 +138,7 @@ def evaluate_split(
             (only for validation). Of no account where the pair score stands alone.
         bank: of the model; its weights are chosen on this split where it has none.
         images: evaluate the first so many images only.
+        views: of each picture; None is the model's own number.
 
     Raises:
         UserError: the split is empty or damaged.
@@ -157,6 +159,7 @@ def evaluate_split(
         batch_size=batch_size,
         keep_tokens=scoring,
         images=images,
+        views=views,
         progress=progress,
     )
     plain = features.image, features.text, features.text_image

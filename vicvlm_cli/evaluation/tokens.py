@@ -94,9 +94,12 @@ def encode_split(
     batch_size: int = IMAGE_BATCH,
     keep_tokens: bool = True,
     images: int | None = None,
+    views: int | None = None,
     progress: Progress,
 ) -> SplitFeatures:
     """Encodes the first `images` (None: all) of a split, with all of their captions.
+
+    `views` of each picture: None is the model's own number.
 
     Raises UserError where the split holds no image, or one that cannot be read.
     """
@@ -119,6 +122,7 @@ def encode_split(
             device=device,
             precision=precision,
             batch_size=batch_size,
+            views=views,
         ):
             for i, reason in batch.bad:
                 raise UserError(

@@ -202,13 +202,13 @@ def hits_tables(result: RetrieveResult) -> list[Group]:
 
 
 def _validation_table(rows: list[dict[str, Any]], best: Mapping[str, Any] | None) -> Table:
-    """The last validations and the best one."""
+    """The last validations, and what the weights kept reach by all that scores them."""
     table = _table("step", right=("minutes", "text to image R@1", "image to text R@1", "RSUM"))
     table.add_column("")
-    shown = [row for row in rows if row is best or any(row is late for late in rows[-VALIDATIONS:])]
-    for row in shown:
+    shown = [row for row in rows[-VALIDATIONS:] if row is not best]
+    for row in [*shown, best] if best else shown:
         for kind, remark in (
-            ("dual", "best" if row is best else ""),
+            ("dual", "kept" if row is best else ""),
             ("banked", "query bank"),
             ("reranked", "re-ranked"),
         ):

@@ -33,6 +33,7 @@ def embed(
     *,
     output: Path | None = None,
     split: str | None = None,
+    views: int | None = None,
     batch_size: int = IMAGE_BATCH,
     progress: Progress,
 ) -> EmbedResult:
@@ -44,6 +45,7 @@ def embed(
         output: the gallery's directory; None is `gallery` beside the checkpoint. A gallery that
             is there is replaced.
         split: of a prepared data set; None is all of them.
+        views: of each picture, whose mean is its feature; None is the checkpoint's.
 
     Pictures that cannot be read are left out and listed in the gallery's skipped.jsonl.
 
@@ -61,7 +63,7 @@ def embed(
         items, load = _folder(source)
         if split is not None:
             progress.say(f"split: {split} is of no account, since {source} is a folder of pictures")
-    model = load_model(checkpoint)
+    model = load_model(checkpoint, eval_views=views)
     if output is None:
         output = model.info.path.parent / "gallery"
         progress.say(f"gallery: {output} (--output to change)")

@@ -27,7 +27,7 @@ def evaluate(
     top_k: int = TOP_K,
     all_pairs: bool = False,
     image_scale: float | None = None,
-    mirror: bool | None = None,
+    views: int | None = None,
     batch_size: int = IMAGE_BATCH,
     rerank_weights: RerankWeights | None = None,
     progress: Progress,
@@ -39,8 +39,7 @@ def evaluate(
         top_k: candidates a query; 0 for the features' table only.
         all_pairs: score every pair in place of the top k candidates; the cost is said first.
         image_scale: side of the pictures, in that of training; None is the checkpoint's.
-        mirror: whether pictures are embedded together with their mirror images; None is the
-            checkpoint's.
+        views: of each picture, whose mean is its feature; None is the checkpoint's.
         rerank_weights: what ITM counts beside the similarity; None: the checkpoint's, which were
             chosen on validation in training. Of no account where the pair score stands alone.
 
@@ -57,7 +56,7 @@ def evaluate(
         )
     dataset = PreparedDataset.open(data)
     part = dataset.split(split or "test")
-    model = load_model(checkpoint, eval_image_scale=image_scale, eval_mirror=mirror)
+    model = load_model(checkpoint, eval_image_scale=image_scale, eval_views=views)
     if model.device.type == "cpu":
         keep_few_kernels()  # captions of all lengths, sorted: those of one shape come together
     weights = model.info.rerank_weights if rerank_weights is None else rerank_weights
@@ -65,7 +64,9 @@ def evaluate(
     precision = precision.removeprefix("torch.")
     progress.say(f"split: {part.title} (--split to change)")
     size = model.vlm.eval_image_size
-    also = " and their mirror images" if model.vlm.config.eval_mirror else ""
+    also = {1: "", 2: " and their mirror images"}.get(
+        number := model.vlm.config.eval_views, f", {number} views of each"
+    )
     progress.say(f"computing on: {model.device.type}, {precision}, pictures of {size} px{also}")
     notes = _notes(dataset.manifest, part, model.info)
     own = model.vlm.pair_score

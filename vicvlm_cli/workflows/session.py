@@ -24,6 +24,8 @@ from vicvlm_cli.workflows.metrics import Metrics
 from vicvlm_cli.workflows.state import Position, save_run_state
 from vicvlm_cli.workflows.views import drop_views
 
+TOLD = {"validation": "validation at", "kept": "weights kept, of"}  # rows of metrics, for people
+
 
 @dataclass
 class Job:
@@ -73,27 +75,40 @@ class Session:
             self._measure_and_keep(self._top_k if self._alone else 0)
         self.accelerator.wait_for_everyone()
 
-    def finish(self) -> RerankWeights:
-        """Validate once more, choose the weights of scoring, write the final checkpoint."""
-        weights = RerankWeights()
+    def finish(self) -> dict[str, Any] | None:
+        """Validate once more, choose the weights of scoring, write the final checkpoint.
+
+        Returns:
+            What the weights kept reach by all that scores them (all views of a picture, the query
+            bank, re-ranking); None without validation data.
+        """
+        best = None
         if self.accelerator.is_main_process:
-            rows = self.job.position.validation
-            top_k = self._top_k if self._alone or "itm" in self.metrics.history else 0
-            row = self._measure_and_keep(top_k, banked=not self._alone)
-            # Earlier weights may be the better ones.
-            if row is None and rows and not self._alone:
-                at = max(range(len(rows)), key=lambda i: rows[i]["rsum"])
-                kept = load_model(self.checkpoint, device=self.accelerator.device).vlm
-                facts = {name: rows[at][name] for name in ("step", "seconds", "pairs")}
-                bank = self._bank(kept)
-                row = rows[at] = self._measure(kept, top_k, facts, bank)
-                self._keep(kept, row, bank)
-            weights = _weights_of(row) if row else RerankWeights()
+            self._measure_and_keep(self._top_k if self._alone else 0)
+            best = self._measure_kept()
             shutil.rmtree(self.job.run / "state", ignore_errors=True)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_local_main_process:  # each machine has its own
             drop_views(self.job.run)
-        return RerankWeights(*broadcast_object_list([tuple(weights)])[0])
+        kept: dict[str, Any] | None = broadcast_object_list([best])[0]
+        return kept
+
+    def _measure_kept(self) -> dict[str, Any] | None:
+        """Measure the weights kept by all that scores them, and write them with what that chose."""
+        rows = self.job.position.validation
+        if not rows:
+            return None
+        last = self.job.train.select == "last"
+        at = len(rows) - 1 if last else max(range(len(rows)), key=lambda i: rows[i]["rsum"])
+        if self._alone:  # its validations were by all there is
+            return rows[at]
+        kept = load_model(self.checkpoint, device=self.accelerator.device).vlm
+        top_k = self._top_k if "itm" in self.metrics.history else 0
+        facts = {name: rows[at][name] for name in ("step", "seconds", "pairs")}
+        bank = self._bank(kept)
+        row = self._measure(kept, top_k, facts, bank, views=None, kind="kept")
+        self._keep(kept, row, bank)
+        return row
 
     @property
     def _alone(self) -> bool:
@@ -117,23 +132,20 @@ class Session:
         }
         save_run_state(self.accelerator, job.run / "state", job.tokenizer, description)
 
-    def _measure_and_keep(self, top_k: int, banked: bool = False) -> dict[str, Any] | None:
-        """Validates the model as it is; its row if its weights were kept and there is one."""
+    def _measure_and_keep(self, top_k: int) -> None:
+        """Validates the model as it is, and keeps its weights if they are the ones to keep."""
         job = self.job
         if self.split is None:
             self._keep(job.model)
-            return None
+            return
         position = job.position
         facts = {"step": position.step, "seconds": round(position.seconds, 1)}
-        bank = self._bank(job.model) if banked else None
-        row = self._measure(job.model, top_k, facts | {"pairs": position.pairs}, bank)
+        row = self._measure(job.model, top_k, facts | {"pairs": position.pairs})
         position.validation.append(row)
         better = row["rsum"] > position.best
         position.best = max(position.best, row["rsum"])
-        if job.train.select == "best" and not better:
-            return None
-        self._keep(job.model, row, bank)
-        return row
+        if better or job.train.select == "last":
+            self._keep(job.model, row)
 
     def _bank(self, model: RetrievalModel) -> QueryBank:
         """The query bank of ``model``, without weights yet."""
@@ -152,7 +164,10 @@ class Session:
         top_k: int,
         facts: dict[str, Any],
         bank: QueryBank | None = None,
+        views: int | None = 1,
+        kind: str = "validation",
     ) -> dict[str, Any]:
+        """A row of metrics: of pictures as they are, which takes less time than all views."""
         assert self.split is not None
         result = evaluate_split(
             model,
@@ -163,13 +178,14 @@ class Session:
             top_k=top_k,
             bank=bank,
             images=self.job.train.validation_images,
+            views=views,
             progress=self.progress,
         )
         row = facts | result.to_dict()
-        self.metrics.write({"kind": "validation", **row})
+        self.metrics.write({"kind": kind, **row})
         own = result.own
         self.progress.say(
-            f"validation at step {row['step']}: R@1 {own.image_retrieval.r1:.1f} text to image, "
+            f"{TOLD[kind]} step {row['step']}: R@1 {own.image_retrieval.r1:.1f} text to image, "
             f"{own.text_retrieval.r1:.1f} image to text, RSUM {own.rsum:.1f}"
         )
         return row

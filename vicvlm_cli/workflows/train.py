@@ -45,7 +45,10 @@ DEFAULT_PRESET = "vicvlm-small-flickr30k"
 
 @dataclass
 class TrainResult:
-    """What a training gave. ``validation`` has a row for each validation, the last one final."""
+    """What a training gave. ``validation`` has a row for each validation, of one view of pictures.
+
+    ``best``: what the weights kept reach by all views, the query bank and re-ranking.
+    """
 
     checkpoint: Path
     run: Path
@@ -249,7 +252,7 @@ def _train(
         if accelerator.is_local_main_process and find_run_state(job.run) is None:
             drop_views(job.run)  # nothing goes on from here
         raise
-    rerank_weights = session.finish()
+    best = session.finish()
     accelerator.end_training()
     rows = job.position.validation
     result = TrainResult(
@@ -257,11 +260,11 @@ def _train(
         run=job.run,
         losses=metrics.summary({name: loss.weight for name, loss in config.losses.items()}),
         validation=rows,
-        best=max(rows, key=lambda row: row["rsum"], default=None),
+        best=best,
         steps=job.position.step,
         pairs=job.position.pairs,
         seconds=round(job.position.seconds, 1),
-        rerank_weights=rerank_weights,
+        rerank_weights=RerankWeights(**best["rerank_weights"]) if best else RerankWeights(),
         profile=recorder.profile,
     )
     if accelerator.is_main_process:
