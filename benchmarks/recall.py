@@ -36,7 +36,7 @@ MATCHING = ("itm",)
 MASKED = ("mlm", "mim", "joint_mim")
 VICREG = ("variance", "covariance", "invariance")
 OTHERS = (*MATCHING, *MASKED, *VICREG)
-# What a loss added to ITC alone gets: on from the middle of the run, as in the preset.
+# What a loss that is added gets: on from the middle of the run, when features tell something.
 ADDED = {"itm": 0.5, "mlm": 0.2, "mim": 0.1, "joint_mim": 0.1}
 LATE = "start = 0.5, ramp = 0.1, every = 2"
 
@@ -59,6 +59,11 @@ def frozen(blocks: int, views: int = 0) -> tuple[str, ...]:
         "pretrain.frozen_epochs=0",
         f"pretrain.cached_views={views}",
     )
+
+
+def late(*names: str) -> tuple[str, ...]:
+    """Settings that add losses."""
+    return tuple(f"pretrain.losses.{name}={{weight = {ADDED[name]}, {LATE}}}" for name in names)
 
 
 ALONE = without(*OTHERS)
@@ -92,11 +97,13 @@ PROJECTED: dict[str, dict[str, float]] = {
 SMALL_STEPS = ("pretrain.batch_size=64", *frozen(6))
 AT_ONCE = frozen(0)  # both encoders train from the first step
 NO_MIRROR = ("model.eval_views=1",)
+SMALL = ("model.image_size=128", "data.word_dropout=0")
 # What rows were laid over before the preset changed: their results have folders of their own.
 BASES: dict[str, tuple[str, ...]] = {
-    "lr-1e-3": ("pretrain.lr=1e-3", *AT_ONCE, *NO_MIRROR),
-    "no-mirror": NO_MIRROR,
-    "mirror": ("model.eval_views=2",),
+    "lr-1e-3": ("pretrain.lr=1e-3", *SMALL, *AT_ONCE, *NO_MIRROR),
+    "no-mirror": (*SMALL, *NO_MIRROR),
+    "mirror": (*SMALL, "model.eval_views=2"),
+    "small": SMALL,
 }
 LEVERS: dict[str, tuple[str, ...]] = {
     "batch-96": ("pretrain.batch_size=96",),
@@ -122,32 +129,39 @@ LEVERS: dict[str, tuple[str, ...]] = {
 # pretraining.
 ROWS: dict[str, tuple[str, ...]] = {
     "itc": ALONE,
-    **{
-        f"itc+{name}": (*ALONE, f"pretrain.losses.{name}={{weight = {weight}, {LATE}}}")
-        for name, weight in ADDED.items()
-    },
+    **{f"itc+{name}": (*ALONE, *late(name)) for name in ADDED},
     "itc+vicreg": (*ALONE, *(f"pretrain.losses.{name}.weight={w}" for name, w in SPREAD.items())),
     "itc+vicreg-multimodal": (*ALONE, *MULTIMODAL),
-    "vicvlm": (),
-    **{f"vicvlm-{name}": without(name) for name in ADDED},
-    "vicvlm-vicreg": without(*VICREG),
+    "vicvlm": (),  # the preset, which is itc+vicreg
+    "vicvlm-all": late(*ADDED),
+    **{f"vicvlm-all-{name}": (*late(*ADDED), *without(name)) for name in ADDED},
+    "vicvlm-all-vicreg": (*late(*ADDED), *without(*VICREG)),
     "vicvlm-published": PUBLISHED,
-    "vicvlm-multimodal": MULTIMODAL,
+    "vicvlm-multimodal": (*late(*ADDED), *MULTIMODAL),
     # Without what makes it cheap: every loss on all rows of every step.
     "vicvlm-multimodal-all-rows": (
+        *late(*ADDED),
         *MULTIMODAL,
         "pretrain.options.masked_stride=1",
         *(f"pretrain.losses.{name}.every=1" for name in OTHERS),
     ),
     # Hidden patches stay in the image encoder as mask tokens.
-    "vicvlm-multimodal-encode-hidden": (*MULTIMODAL, "pretrain.options.drop_hidden=false"),
+    "vicvlm-multimodal-encode-hidden": (
+        *late(*ADDED),
+        *MULTIMODAL,
+        "pretrain.options.drop_hidden=false",
+    ),
     # Levers, on ITC alone: what holds for it holds for every method that has it.
     **{f"itc-batch-{n}": (*ALONE, f"pretrain.batch_size={n}") for n in (64, 96)},
     **{f"itc-frozen-{n}": (*ALONE, *frozen(n)) for n in (3, 6)},
     "itc-batch-64-frozen-6": (*ALONE, *SMALL_STEPS),
-    "vicvlm-multimodal-batch-64-frozen-6": (*MULTIMODAL, *SMALL_STEPS),
+    "vicvlm-multimodal-batch-64-frozen-6": (*late(*ADDED), *MULTIMODAL, *SMALL_STEPS),
     # Pictures of 96 and 128 pixels have 36 and 64 patches, those of 160 and 192 have 100 and 144.
-    **{f"itc-size-{n}": (*ALONE, f"model.image_size={n}") for n in (96, 160, 192)},
+    "itc-small": (*ALONE, *SMALL),
+    "vicvlm-small": SMALL,
+    "vicvlm-size-128": SMALL[:1],
+    "vicvlm-word-dropout-0": SMALL[1:],
+    **{f"itc-size-{n}": (*ALONE, f"model.image_size={n}") for n in (96, 128, 160, 192)},
     "itc-eval-128": (*ALONE, "model.eval_image_scale=1"),
     "itc-more-captions": (*ALONE, "data.more_captions=1"),
     **{f"itc-image-lr-{rate}": (*ALONE, f"pretrain.image_lr={rate}") for rate in ("1e-4", "4e-4")},
@@ -256,7 +270,7 @@ def run(
     for each in runs:
         if time.monotonic() < until:
             counted = (*each.pretrain, 'model.image_weights=""')
-            note_gflop(RESULTS / "flops" / f"{each.name}.json", data, PRESET, counted)
+            note_gflop(_flops(place, each.name), data, PRESET, counted)
 
 
 @app.command()
@@ -270,12 +284,17 @@ def report(
     rows = []
     for name, results in runs.items():
         cells = [name, str(len(results)), f"{mean(r['pretrain']['pairs'] for r in results):,.0f}"]
-        cells.append(noted_gflop(RESULTS / "flops" / f"{name}.json", results))
+        cells.append(noted_gflop(_flops(budget, name), results))
         for kind in ("dual", "banked", "reranked"):
             cells += [*(recalls(results, kind, way) for way in WAYS), rsum(results, kind)]
         rows.append(cells)
     print(table(TITLES, rows))
     print(f"\n{sum(map(len, runs.values()))} runs of {len(runs)} configurations.")
+
+
+def _flops(place: str, name: str) -> Path:
+    """Operations of a pair do not depend on the budget; earlier presets had smaller pictures."""
+    return RESULTS / ("flops-small" if "-" in place else "flops") / f"{name}.json"
 
 
 TITLES = [

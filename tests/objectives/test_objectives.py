@@ -273,7 +273,7 @@ def test_every_method_fits_the_preset_for_photographs(name: str) -> None:
     whole = load_config("vicvlm-tiny-photos", overrides=wanted, recipe_of=recipe_of)
     config = whole.model
     model = create_model(config, 100)
-    assert model.eval_image_size == (128 if config.fusion == "concat" else 160)
+    assert model.eval_image_size == (160 if config.fusion == "concat" else 192)
     check_views(model, whole.pretrain)
     model.image_encoder.freeze(whole.pretrain.frozen_blocks)
 
