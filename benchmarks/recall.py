@@ -62,7 +62,7 @@ def frozen(blocks: int, views: int = 0) -> tuple[str, ...]:
 
 
 def late(*names: str) -> tuple[str, ...]:
-    """Settings that add losses."""
+    """Settings that turn losses on from the middle of a run."""
     return tuple(f"pretrain.losses.{name}={{weight = {ADDED[name]}, {LATE}}}" for name in names)
 
 
@@ -96,12 +96,12 @@ PROJECTED: dict[str, dict[str, float]] = {
 }
 SMALL_STEPS = ("pretrain.batch_size=64", *frozen(6))
 AT_ONCE = frozen(0)  # both encoders train from the first step
-NO_MIRROR = ("model.eval_views=1",)
+ONE_VIEW = ("model.eval_views=1",)
 SMALL = ("model.image_size=128", "data.word_dropout=0")
 # What rows were laid over before the preset changed: their results have folders of their own.
 BASES: dict[str, tuple[str, ...]] = {
-    "lr-1e-3": ("pretrain.lr=1e-3", *SMALL, *AT_ONCE, *NO_MIRROR),
-    "no-mirror": (*SMALL, *NO_MIRROR),
+    "lr-1e-3": ("pretrain.lr=1e-3", *SMALL, *AT_ONCE, *ONE_VIEW),
+    "no-mirror": (*SMALL, *ONE_VIEW),
     "mirror": (*SMALL, "model.eval_views=2"),
     "small": SMALL,
 }
@@ -157,10 +157,8 @@ ROWS: dict[str, tuple[str, ...]] = {
     "itc-batch-64-frozen-6": (*ALONE, *SMALL_STEPS),
     "vicvlm-multimodal-batch-64-frozen-6": (*late(*ADDED), *MULTIMODAL, *SMALL_STEPS),
     # Pictures of 96 and 128 pixels have 36 and 64 patches, those of 160 and 192 have 100 and 144.
-    "itc-small": (*ALONE, *SMALL),
-    "vicvlm-small": SMALL,
-    "vicvlm-size-128": SMALL[:1],
-    "vicvlm-word-dropout-0": SMALL[1:],
+    "vicvlm-size-128": ("model.image_size=128",),
+    "vicvlm-word-dropout-0": ("data.word_dropout=0",),
     **{f"itc-size-{n}": (*ALONE, f"model.image_size={n}") for n in (96, 128, 160, 192)},
     "itc-eval-128": (*ALONE, "model.eval_image_scale=1"),
     "itc-more-captions": (*ALONE, "data.more_captions=1"),

@@ -141,7 +141,7 @@ def test_mistakes_get_a_sentence(tiny_checkpoint, tiny_data, tmp_path):
 def test_pictures_may_be_evaluated_by_several_views(tiny_checkpoint, tiny_data, capsys):
     own = evaluate(tiny_checkpoint, tiny_data, top_k=4, progress=QUIET)
     mirrored = evaluate(tiny_checkpoint, tiny_data, top_k=4, views=2, progress=Progress())
-    assert "and their mirror images" in capsys.readouterr().err
+    assert "2 views of each" in capsys.readouterr().err
     assert mirrored.evaluation.dual != own.evaluation.dual
     cropped = evaluate(tiny_checkpoint, tiny_data, top_k=4, views=7, progress=Progress())
     assert "7 views of each" in capsys.readouterr().err

@@ -11,8 +11,8 @@ from vicvlm_cli.model.query_bank import QueryBank
 from vicvlm_cli.model.vlm import RetrievalModel
 from vicvlm_cli.report.progress import Progress
 
-# At 256 dimensions 1.5 MB of a checkpoint. Recall gains as much by twice as many pictures, and they
-# take all views that a model embeds.
+# At 256 dimensions 1.5 MB of a checkpoint. Twice as many pictures gain no more recall, and each is
+# encoded in all views that the model embeds.
 PICTURES = 1024
 CAPTIONS = 2048
 

@@ -64,9 +64,8 @@ def evaluate(
     precision = precision.removeprefix("torch.")
     progress.say(f"split: {part.title} (--split to change)")
     size = model.vlm.eval_image_size
-    also = {1: "", 2: " and their mirror images"}.get(
-        number := model.vlm.config.eval_views, f", {number} views of each"
-    )
+    shown = model.vlm.config.eval_views
+    also = f", {shown} views of each" if shown > 1 else ""
     progress.say(f"computing on: {model.device.type}, {precision}, pictures of {size} px{also}")
     notes = _notes(dataset.manifest, part, model.info)
     own = model.vlm.pair_score
@@ -124,7 +123,8 @@ def _approach(
         return "", order if own.alone else ""
     if not any(weights) and not own.alone:
         return "", (
-            f"{own.name} has weight 0 (it gained nothing on validation): re-ranking changes nothing"
+            f"{own.name} has weight 0 (untrained, or without gain on validation): "
+            "re-ranking changes nothing"
         )
     if all_pairs:  # which is announced with its cost
         return "", ""
