@@ -35,7 +35,7 @@ WORK = Path("runs") / "recall"
 MATCHING = ("itm",)
 MASKED = ("mlm", "mim", "joint_mim")
 VICREG = ("variance", "covariance", "invariance")
-OTHERS = (*MATCHING, *MASKED, *VICREG)
+OTHERS = (*MATCHING, *MASKED, *VICREG, "words")
 # What a loss that is added gets: on from the middle of the run, when features tell something.
 ADDED = {"itm": 0.5, "mlm": 0.2, "mim": 0.1, "joint_mim": 0.1}
 LATE = "start = 0.5, ramp = 0.1, every = 2"
@@ -84,6 +84,7 @@ PUBLISHED = (
     "pretrain.options.text_mask=0.25",
     *(f"pretrain.losses.{name}={{weight = 1, start = 0, ramp = 0, every = 1}}" for name in OTHERS),
     "pretrain.losses.invariance.weight=25",
+    *without("words"),
 )
 SPREAD = {"variance": 0.5, "covariance": 0.02}  # the preset's
 PROJECTED: dict[str, dict[str, float]] = {
@@ -132,10 +133,12 @@ ROWS: dict[str, tuple[str, ...]] = {
     **{f"itc+{name}": (*ALONE, *late(name)) for name in ADDED},
     "itc+vicreg": (*ALONE, *(f"pretrain.losses.{name}.weight={w}" for name, w in SPREAD.items())),
     "itc+vicreg-multimodal": (*ALONE, *MULTIMODAL),
-    "vicvlm": (),  # the preset, which is itc+vicreg
+    "itc+words": (*ALONE, "pretrain.losses.words.weight=1"),
+    "vicvlm": (),  # the preset, which is ITC with VICReg and words
     "vicvlm-all": late(*ADDED),
     **{f"vicvlm-all-{name}": (*late(*ADDED), *without(name)) for name in ADDED},
     "vicvlm-all-vicreg": (*late(*ADDED), *without(*VICREG)),
+    "vicvlm-all-words": (*late(*ADDED), *without("words")),
     "vicvlm-published": PUBLISHED,
     "vicvlm-multimodal": (*late(*ADDED), *MULTIMODAL),
     # Without what makes it cheap: every loss on all rows of every step.
@@ -242,7 +245,11 @@ def run(
             raise typer.BadParameter(
                 f"--set makes another row of {name}: give it a name of its own"
             )
-        chosen = (*BASES.get(base, ()), *ROWS.get(name, ALONE), *(settings or ()))
+        given = (*ROWS.get(name, ALONE), *(settings or ()))
+        earlier = BASES.get(base, ())
+        if base and not any(setting.startswith("pretrain.objective=") for setting in given):
+            earlier += without("words")  # VicVLM had no such loss
+        chosen = (*earlier, *given)
         runs.append(
             Run(
                 name=name,

@@ -53,6 +53,7 @@ def make_batch(config: Config, rows: int, seed: int = 0) -> Batch:
         attention_mask=mask,
         image_id=torch.arange(rows),
         flip_ok=torch.ones(rows, dtype=torch.bool),
+        words=ids.masked_fill(~mask, 0),
     ).to(DEVICE)
 
 

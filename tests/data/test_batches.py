@@ -171,6 +171,15 @@ def test_further_captions_come_with_the_batch() -> None:
         assert torch.equal(part.image, batch.image[::2])
 
 
+def test_the_words_of_all_captions_come_with_the_batch() -> None:
+    split, tokenizer = FakeSplit(), make_tokenizer()
+    for batch in islice(batches(make_rows(split), plan("one", 4)), 2):
+        assert batch.words is not None and batch.words.dtype == torch.long
+        for picture, found in zip(batch.image_id.tolist(), batch.words, strict=True):
+            ids, mask = tokenizer(split.captions[picture], 24)
+            assert set(found.tolist()) - {tokenizer.pad_id} == set(ids[mask].tolist())
+
+
 def test_pictures_that_fit_in_memory_are_decoded_once() -> None:
     split = FakeSplit()
     source = make_rows(split, size=8, cache_bytes=8 * 3 * 8 * 8)

@@ -35,7 +35,8 @@ class Batch:
     ``attention_mask`` bool [B, L]; ``image_id`` long [B], equal where two captions share a
     picture; ``flip_ok`` bool [B], whether the mirrored picture still fits its captions.
     ``more_ids`` and ``more_mask`` [B, E, M]: E further captions of each picture, or None. ``begun``
-    [B, N, D]: what the image encoder's frozen blocks make of the pictures, or None.
+    [B, N, D]: what the image encoder's frozen blocks make of the pictures, or None. ``words`` long
+    [B, W]: the tokens of all captions of each picture, special ones among them, or None.
     """
 
     image: Tensor
@@ -46,6 +47,7 @@ class Batch:
     more_ids: Tensor | None = None
     more_mask: Tensor | None = None
     begun: Tensor | None = None
+    words: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on ``device``."""
@@ -171,6 +173,13 @@ class Rows(Dataset[Batch]):
             self.is_decoded[i] = True
         return torch.from_numpy(self.decoded.numpy()[index])
 
+    def words(self, index: np.ndarray) -> Tensor:
+        """Tokens of all captions of pictures ``index`` [B], long [B, W]."""
+        first, after = self.first[index][:, None], self.first[index + 1][:, None]
+        most = int((after - first).max())
+        captions = np.minimum(first + np.arange(most), after - 1)  # of the last caption again
+        return self.tokens.batch(captions.flatten())[0].view(len(index), -1)  # [B, most * L]
+
     def __getitem__(self, rows: np.ndarray) -> Batch:
         captions = self.first[rows[:, :1]] + rows[:, 1:]  # [B, 1 + more]
         input_ids, attention_mask = self.tokens.batch(captions[:, 0])
@@ -180,6 +189,7 @@ class Rows(Dataset[Batch]):
             attention_mask=attention_mask,
             image_id=torch.from_numpy(rows[:, 0].astype(np.int64)),
             flip_ok=torch.from_numpy(self.flip_ok[captions].all(1)),
+            words=self.words(rows[:, 0]),
         )
         more = rows.shape[1] - 2
         if more:

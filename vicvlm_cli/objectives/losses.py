@@ -110,6 +110,11 @@ def mlm_sum(logits: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), target, reduction="sum")
 
 
+def words_sum(logits: Tensor, target: Tensor) -> Tensor:
+    """Cross entropy of logits and probabilities, both [B, vocab_size], summed over B."""
+    return F.cross_entropy(logits.float(), target, reduction="sum")
+
+
 def mim_sum(prediction: Tensor, target: Tensor) -> Tensor:
     """Squared error [B, M, D] at masked positions, mean over D, summed over B and M (L2)."""
     return (prediction.float() - target).square().mean(dim=-1).sum()

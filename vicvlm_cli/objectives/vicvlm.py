@@ -28,6 +28,7 @@ from vicvlm_cli.objectives.momentum import EmaTarget
 from vicvlm_cli.objectives.ranks import Noise, gather, global_mean
 from vicvlm_cli.objectives.retrieval import Losses
 from vicvlm_cli.objectives.vicreg import TERMS, ProjectedVICReg, vicreg_terms
+from vicvlm_cli.objectives.words import WordPrediction
 
 
 class _MaskedImage(NamedTuple):
@@ -46,7 +47,7 @@ class VicVLM(nn.Module):
         UsageError: an option is out of range for this model.
     """
 
-    LOSSES = ("itc", "itm", "mim", "joint_mim", "mlm", "variance", "covariance", "invariance")
+    LOSSES = ("itc", "itm", "mim", "joint_mim", "mlm", "words", *TERMS)
     CACHES_CONTRAST: ClassVar[bool] = True
     MORE_CAPTIONS: ClassVar[bool] = True
     # Small weights, and ITC first: with all at 1 from the start, short trainings learn nothing.
@@ -61,6 +62,7 @@ class VicVLM(nn.Module):
                 "variance": {"weight": 0.02, "start": 0.3, "ramp": 0.1},
                 "covariance": {"weight": 0.002, "start": 0.3, "ramp": 0.1},
                 "invariance": {"weight": 0.02, "start": 0.3, "ramp": 0.1},
+                "words": {"weight": 0.0},
             }
         },
         "finetune": {"objective": "retrieval", "losses": {"itc": {}, "itm": {}}},
@@ -134,6 +136,7 @@ class VicVLM(nn.Module):
         self.projected = ProjectedVICReg(model) if config.vicreg == "projections" else None
         self.mask_id = tokenizer.mask_id
         special, continuation = token_kinds(tokenizer, model.config.vocab_size)
+        self.words = WordPrediction(model.config.projection_dim, special)
         self.register_buffer("special", special, persistent=False)
         self.register_buffer("continuation", continuation, persistent=False)
         # How often each token was a masked one: the trivial guess for masked language modelling.
@@ -159,6 +162,12 @@ class VicVLM(nn.Module):
         if "itm" in active:
             values["itm"], clean = match(model, image, text, contrasted, noise, number)
             trivial["itm"] = torch.tensor(losses.itm_base_rate(2 * number))
+        if "words" in active:
+            assert batch.words is not None
+            values["words"], trivial["words"] = self.words(
+                [image.features, text.features], batch.words
+            )
+            active = active - {"words"}
         if self.projected is not None and not active.isdisjoint(TERMS):
             terms, guesses = self.projected(active)
             values, trivial = {**values, **terms}, {**trivial, **guesses}
