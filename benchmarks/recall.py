@@ -7,8 +7,9 @@
 DATA is a prepared Flickr8k, FILE the ImageNet weights of deit_tiny_patch16_224. Each budget is CPU
 time of pretraining and fine-tuning together: T, for the text side alone, is 5 core-minutes, XS, for
 a first look, 12, S 30 (15 minutes of two cores), L 60. Finished rows are kept as small JSON files
-in benchmarks/results/recall and not run again; with `--piece 9` no call takes longer than about
-nine minutes, and the same call goes on.
+in benchmarks/results/recall and not run again, those of machines without bfloat16, where a minute
+holds half as much, in folders of their own; with `--piece 9` no call takes longer than about nine
+minutes, and the same call goes on.
 """
 
 from __future__ import annotations
@@ -232,10 +233,14 @@ def run(
     """Train and measure what has not been measured yet."""
     from flops import note_gflop  # imports torch, which a report does without
 
+    from vicvlm_cli.device import supports_bf16
+
     until = time.monotonic() + 60 * piece if piece else math.inf
     if base and base not in BASES:
         raise typer.BadParameter(f"there is no base {base}: {', '.join(BASES)}")
     place = f"{budget}-{base}" if base else budget
+    if not supports_bf16("cpu"):
+        place += "-float32"
     runs = []
     for word in row:
         name, _, seed = word.partition(":")
@@ -275,12 +280,12 @@ def run(
     for each in runs:
         if time.monotonic() < until:
             counted = (*each.pretrain, 'model.image_weights=""')
-            note_gflop(_flops(place, each.name), data, PRESET, counted)
+            note_gflop(_flops(bool(base), each.name), data, PRESET, counted)
 
 
 @app.command()
 def report(
-    budget: Annotated[str, typer.Option(help="T, XS, S or L, or another folder of rows.")] = "S",
+    budget: Annotated[str, typer.Option(help="S, or another folder of finished rows.")] = "S",
 ) -> None:
     """The table of a budget, in Markdown."""
     runs = read_runs(RESULTS / budget, ROWS)
@@ -289,7 +294,8 @@ def report(
     rows = []
     for name, results in runs.items():
         cells = [name, str(len(results)), f"{mean(r['pretrain']['pairs'] for r in results):,.0f}"]
-        cells.append(noted_gflop(_flops(budget, name), results))
+        earlier = any(part not in (*MINUTES, "float32") for part in budget.split("-"))
+        cells.append(noted_gflop(_flops(earlier, name), results))
         for kind in ("dual", "banked", "reranked"):
             cells += [*(recalls(results, kind, way) for way in WAYS), rsum(results, kind)]
         rows.append(cells)
@@ -297,9 +303,9 @@ def report(
     print(f"\n{sum(map(len, runs.values()))} runs of {len(runs)} configurations.")
 
 
-def _flops(place: str, name: str) -> Path:
+def _flops(earlier: bool, name: str) -> Path:
     """Operations of a pair do not depend on the budget; earlier presets had smaller pictures."""
-    return RESULTS / ("flops-small" if "-" in place else "flops") / f"{name}.json"
+    return RESULTS / ("flops-small" if earlier else "flops") / f"{name}.json"
 
 
 TITLES = [
