@@ -91,7 +91,11 @@ def one_step(
     objective = create_objective(model, tokenizer, train).train()
 
     rows = Rows(
-        split, tokenizer, load_size(model.config.image_size, config.data), config.model.max_tokens
+        split,
+        tokenizer,
+        load_size(model.config.image_size, config.data),
+        config.model.max_tokens,
+        words=train.predicts_words,
     )
     counts = tuple(len(group) for group in split.captions)
     size = min(train.batch_size, len(split))

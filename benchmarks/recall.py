@@ -70,6 +70,7 @@ def late(*names: str) -> tuple[str, ...]:
 ALONE = without(*OTHERS)
 # VICReg where VicVLM was published with it, late and with small weights.
 MULTIMODAL = (
+    *without("words"),
     'pretrain.options.vicreg="multimodal"',
     *(
         f"pretrain.losses.{name}={{weight = {weight}, {LATE}}}"
@@ -251,10 +252,10 @@ def run(
                 f"--set makes another row of {name}: give it a name of its own"
             )
         given = (*ROWS.get(name, ALONE), *(settings or ()))
-        earlier = BASES.get(base, ())
+        below = BASES.get(base, ())
         if base and not any(setting.startswith("pretrain.objective=") for setting in given):
-            earlier += without("words")  # VicVLM had no such loss
-        chosen = (*earlier, *given)
+            below += without("words")  # VicVLM had no such loss
+        chosen = (*below, *given)
         runs.append(
             Run(
                 name=name,
@@ -271,7 +272,7 @@ def run(
     def one(run: Run) -> None:
         try:
             advance(run, WORK / place, until, RESULTS / place)
-            print(f"{run.key}: done", flush=True)
+            print(f"{run.key}: done, report --budget {place}", flush=True)
         except Unfinished:
             print(f"{run.key}: the same call goes on from here", flush=True)
 
@@ -292,9 +293,9 @@ def report(
     if not runs:
         raise typer.BadParameter(f"there are no finished rows of {budget}")
     rows = []
+    earlier = any(part not in (*MINUTES, "float32") for part in budget.split("-"))
     for name, results in runs.items():
         cells = [name, str(len(results)), f"{mean(r['pretrain']['pairs'] for r in results):,.0f}"]
-        earlier = any(part not in (*MINUTES, "float32") for part in budget.split("-"))
         cells.append(noted_gflop(_flops(earlier, name), results))
         for kind in ("dual", "banked", "reranked"):
             cells += [*(recalls(results, kind, way) for way in WAYS), rsum(results, kind)]

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 MANY_EPOCHS = 1000  # the time ends a run, not the epochs
+EVERY_IMAGE = 10**6  # validate on all there are
 
 
 @dataclass(frozen=True)
@@ -99,10 +100,16 @@ def advance(run: Run, work: Path, until: float, results: Path) -> dict[str, Any]
 
 
 def _measured(run: Run, trained: dict[str, Any], checkpoint: Path, folder: Path) -> dict[str, Any]:
-    """The tables of `vicvlm evaluate`; a training ends with those of `val`, and that takes long."""
-    best: dict[str, Any] = trained["best"]
-    if run.split == "val" and best["top_k"] in (0, run.top_k):
-        return best
+    """The tables of `vicvlm evaluate`. A training ends with them if ``split`` is what it validates on.
+
+    Not where pairs alone are scored: then it ends with its last validation, of another shortlist.
+    """
+    best: dict[str, Any] = trained.get("best") or {}
+    if run.split == "val" and best.get("top_k") == 0 and not best["pair_score"]["alone"]:
+        from vicvlm_cli.device import best_device, supports_bf16
+
+        half = supports_bf16(best_device())
+        return best | {"precision": "bfloat16" if half else "float32"}
     words = ["evaluate", str(checkpoint), "--data", str(run.data), "--split", run.split]
     code, text, peak = _vicvlm([*words, "--top-k", str(run.top_k), "--json"], folder, None)
     if code:
@@ -148,6 +155,7 @@ def _train(
             f"{kind}.epochs={MANY_EPOCHS}",
             f"{kind}.max_minutes={minutes}",
             f"{kind}.validate_every={run.validate_every}",
+            f"{kind}.validation_images={EVERY_IMAGE}",
             f"{kind}.clock=cpu",
             *settings,
         ]

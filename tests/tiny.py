@@ -72,7 +72,7 @@ def make_batch(rows: int = 6, seed: int = 0, size: int = 32) -> Batch:
         attention_mask=attention_mask,
         image_id=torch.arange(rows),
         flip_ok=torch.ones(rows, dtype=torch.bool),
-        words=input_ids.clone(),
+        words=input_ids.flip(0),  # what the captions themselves do not say
     )
 
 

@@ -16,7 +16,7 @@ from vicvlm_cli.workflows.train import TrainResult, pretrain
 
 QUIET = Progress(quiet=True)
 
-LOSSES = ("itc", "itm", "mlm", "mim", "joint_mim", "variance", "covariance", "invariance", "words")
+LOSSES = ("itc", "itm", "mlm", "mim", "joint_mim", "variance", "covariance", "invariance")
 TINY = [
     "model.image_size=32",
     "model.image_options={patch_size = 8, embed_dim = 24, depth = 1, num_heads = 2}",
@@ -35,7 +35,6 @@ TINY = [
     *(f"pretrain.losses.{name}.ramp=0" for name in LOSSES),
     *(f"pretrain.losses.{name}.every=1" for name in LOSSES),
     "pretrain.losses.itm.weight=0.5",
-    "pretrain.losses.words.weight=0.5",
     "finetune.losses.itm.every=1",
     *(
         f"{kind}.{setting}"

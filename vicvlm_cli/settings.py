@@ -142,6 +142,11 @@ class TrainConfig:
         """Whether ITC is over more batches than one."""
         return self.contrastive_batch > self.batch_size
 
+    @property
+    def predicts_words(self) -> bool:
+        """Whether batches come with the words of all captions of their pictures."""
+        return "words" in self.losses and self.losses["words"].weight > 0
+
 
 @dataclass(frozen=True)
 class Config:

@@ -53,9 +53,15 @@ def rows(plan: Plan, epoch: int, start: int = 0) -> list[list[tuple[int, int]]]:
     return [[(int(i), int(c)) for i, c in batch] for batch in plan.epoch(epoch, start)]
 
 
-def make_rows(split: Any = None, size: int = 8, cache_bytes: int = 0, shared: bool = False) -> Rows:
+def make_rows(
+    split: Any = None,
+    size: int = 8,
+    cache_bytes: int = 0,
+    shared: bool = False,
+    words: bool = False,
+) -> Rows:
     split = FakeSplit() if split is None else split
-    return Rows(split, make_tokenizer(), size, 24, cache_bytes, shared)
+    return Rows(split, make_tokenizer(), size, 24, cache_bytes, shared, words=words)
 
 
 @pytest.mark.parametrize("mode", ["all", "one"])
@@ -173,11 +179,12 @@ def test_further_captions_come_with_the_batch() -> None:
 
 def test_the_words_of_all_captions_come_with_the_batch() -> None:
     split, tokenizer = FakeSplit(), make_tokenizer()
-    for batch in islice(batches(make_rows(split), plan("one", 4)), 2):
+    for batch in islice(batches(make_rows(split, words=True), plan("one", 4)), 2):
         assert batch.words is not None and batch.words.dtype == torch.long
         for picture, found in zip(batch.image_id.tolist(), batch.words, strict=True):
             ids, mask = tokenizer(split.captions[picture], 24)
             assert set(found.tolist()) - {tokenizer.pad_id} == set(ids[mask].tolist())
+    assert next(iter(batches(make_rows(split), plan("one", 4)))).words is None
 
 
 def test_pictures_that_fit_in_memory_are_decoded_once() -> None:
@@ -248,7 +255,7 @@ def test_a_batch_moves_as_a_whole() -> None:
     moved = batch.to(torch.device("meta"))
     assert isinstance(moved, Batch)
     assert {x.device.type for x in moved.__dict__.values() if x is not None} == {"meta"}
-    full = next(batches(make_rows(), plan(more=1)))
+    full = next(batches(make_rows(words=True), plan(more=1)))
     full.begun = torch.zeros(len(full.image), 5, 4)
     more = full.to(torch.device("meta"))
     assert {x.device.type for x in more.__dict__.values()} == {"meta"}

@@ -10,8 +10,9 @@ from tiny import make_batch, make_model, make_tokenizer, teacher_weights
 
 from vicvlm_cli.errors import UsageError
 from vicvlm_cli.objectives import OBJECTIVES, create_objective, losses, recipe_of
+from vicvlm_cli.objectives.beside import Beside
 from vicvlm_cli.objectives.ranks import Noise
-from vicvlm_cli.objectives.vicreg import TERMS, WithVICReg
+from vicvlm_cli.objectives.vicreg import TERMS, ProjectedVICReg
 from vicvlm_cli.settings import LossConfig, TrainConfig
 from vicvlm_cli.workflows.loop import parameter_groups
 
@@ -34,7 +35,7 @@ def make(name: str = "clip", **options: Any) -> Any:
 @pytest.mark.parametrize("name", [n for n in OBJECTIVES if n not in ("vicvlm", "scan")])
 def test_the_terms_stand_beside_every_objective(name: str) -> None:
     objective = make(name).eval()
-    assert isinstance(objective, WithVICReg)
+    assert isinstance(objective, Beside) and isinstance(objective.further, ProjectedVICReg)
     first = OBJECTIVES[name].LOSSES[0]
     assert tuple(objective.LOSSES) == (*OBJECTIVES[name].LOSSES, *TERMS)
     values, trivial = objective(make_batch(), NOISE, {first, *TERMS})
@@ -73,7 +74,7 @@ def test_the_terms_are_those_of_the_projections_of_the_clean_pair(
 
 def test_the_expander_is_trained_and_no_part_of_the_model() -> None:
     objective = make(expander=24).train()
-    assert sum(p.numel() for p in objective.vicreg.expander.parameters()) == (
+    assert sum(p.numel() for p in objective.further.expander.parameters()) == (
         16 * 24 + 24 + 24 * 24 + 24 + 4 * 24 + 24 * 24
     )
     values, _ = objective(make_batch(), NOISE, {"itc", *TERMS})
@@ -81,7 +82,7 @@ def test_the_expander_is_trained_and_no_part_of_the_model() -> None:
     for key, parameter in objective.named_parameters():
         assert parameter.grad is not None, key
     assert not any("expander" in key for key in objective.model.state_dict())
-    assert not [p for p in make().vicreg.expander.parameters()]
+    assert not [p for p in make().further.expander.parameters()]
 
 
 def test_the_image_encoder_keeps_its_own_rate() -> None:
@@ -94,7 +95,7 @@ def test_the_image_encoder_keeps_its_own_rate() -> None:
 
 
 def test_vicvlm_has_them_on_its_fused_features() -> None:
-    assert not isinstance(make("vicvlm", predictor_width=32), WithVICReg)
+    assert not isinstance(make("vicvlm", predictor_width=32), Beside)
     with pytest.raises(UsageError, match="vicvlm has VICReg's terms itself, without an expander"):
         make("vicvlm", vicreg="projections", expander=8)
     with pytest.raises(UsageError, match="options.vicreg is 'fused', not multimodal or projection"):

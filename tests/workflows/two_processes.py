@@ -52,10 +52,23 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "albef": ("albef", {"queue_size": 7, "alpha_steps": 0}, "cross_attention"),
     "s_smke": ("s_smke", TEACHER, "shared"),
     "vicreg": ("clip", {"expander": 24}, "none"),
+    "words": ("vicvlm", {**BYOL, "vicreg": "projections"}, "cross_attention"),
 }
+FURTHER: dict[str, tuple[str, ...]] = {"vicreg": TERMS, "words": ("words",)}
 
 # Those of them whose contrast, over two batches of a step, equals that of one.
-CACHED = ("byol-concat", "clip", "siglip", "vsepp", "vse0", "albef", "s_smke", "vilt", "vicreg")
+CACHED = (
+    "byol-concat",
+    "clip",
+    "siglip",
+    "vsepp",
+    "vse0",
+    "albef",
+    "s_smke",
+    "vilt",
+    "vicreg",
+    "words",
+)
 
 
 def share(batch: Batch, rank: int) -> Batch:
@@ -80,7 +93,7 @@ def joint_batch() -> Batch:
 
 def make_objective(case: str) -> Any:
     name, options, fusion = CASES[case]
-    names = (*OBJECTIVES[name].LOSSES, *(TERMS if "expander" in options else ()))
+    names = (*OBJECTIVES[name].LOSSES, *FURTHER.get(case, ()))
     weights = {loss: LossConfig() for loss in names}
     config = TrainConfig(objective=name, options=options, losses=weights)
     return create_objective(make_model(fusion=fusion), make_tokenizer(), config).train()

@@ -134,6 +134,7 @@ class Rows(Dataset[Batch]):
         max_tokens: longest caption, in tokens.
         shared: keep them where what one loader process decodes the others find. Containers have
             little of such memory, so not without loader processes.
+        words: batches come with the tokens of all captions of their pictures.
     """
 
     def __init__(
@@ -145,8 +146,9 @@ class Rows(Dataset[Batch]):
         cache_bytes: int = 0,
         shared: bool = False,
         decoded: DecodedFile | None = None,
+        words: bool = False,
     ) -> None:
-        self.split, self.size, self.file = split, size, decoded
+        self.split, self.size, self.file, self.with_words = split, size, decoded, words
         captions = [caption for group in split.captions for caption in group]
         self.tokens = tokenizer.tokens(captions, max_tokens)
         self.flip_ok = np.array([names_no_side(caption) for caption in captions])
@@ -189,7 +191,7 @@ class Rows(Dataset[Batch]):
             attention_mask=attention_mask,
             image_id=torch.from_numpy(rows[:, 0].astype(np.int64)),
             flip_ok=torch.from_numpy(self.flip_ok[captions].all(1)),
-            words=self.words(rows[:, 0]),
+            words=self.words(rows[:, 0]) if self.with_words else None,
         )
         more = rows.shape[1] - 2
         if more:

@@ -23,16 +23,18 @@ from vicvlm_cli.data.tokenizer import Tokenizer
 from vicvlm_cli.errors import UsageError
 from vicvlm_cli.model.vlm import VLM, RetrievalModel
 from vicvlm_cli.objectives.albef import ALBEF
+from vicvlm_cli.objectives.beside import Beside
 from vicvlm_cli.objectives.clip import CLIP
 from vicvlm_cli.objectives.mamo import MAMO
 from vicvlm_cli.objectives.maskvlm import MaskVLM
 from vicvlm_cli.objectives.retrieval import Retrieval
 from vicvlm_cli.objectives.s_smke import SSMKE
 from vicvlm_cli.objectives.scan import SCAN
-from vicvlm_cli.objectives.vicreg import TERMS, WithVICReg
+from vicvlm_cli.objectives.vicreg import TERMS, ProjectedVICReg
 from vicvlm_cli.objectives.vicvlm import VicVLM
 from vicvlm_cli.objectives.vilt import ViLT, ViLTRanking
 from vicvlm_cli.objectives.vsepp import VSEPP
+from vicvlm_cli.objectives.words import WordPrediction
 from vicvlm_cli.settings import TrainConfig
 
 OBJECTIVES: dict[str, Any] = {
@@ -94,7 +96,8 @@ def create_objective(
             f"{config.objective} contrasts one caption of each picture: leave data.more_captions "
             "at 0, or choose another objective"
         )
-    known = tuple(dict.fromkeys([*objective.LOSSES, *TERMS]))
+    anywhere = (*TERMS, *WordPrediction.LOSSES)
+    known = tuple(dict.fromkeys([*objective.LOSSES, *anywhere]))
     for name in config.losses:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
@@ -102,14 +105,14 @@ def create_objective(
             raise UsageError(
                 f"{config.objective} has no loss {name!r}: {hint}"
                 f"its losses are {', '.join(objective.LOSSES)}, and on any objective "
-                f"{', '.join(TERMS)}"
+                f"{', '.join(anywhere)}"
             )
     if not any(loss.at(0.0, step=1) > 0 for loss in config.losses.values()):
         raise UsageError(
             f"no loss of {config.objective} is on in every step, so that in some nothing would be "
             "trained: give one a weight above 0, with start = 0, ramp = 0 and every = 1"
         )
-    beside = any(name not in objective.LOSSES for name in config.losses)
+    beside = any(name in TERMS and name not in objective.LOSSES for name in config.losses)
     options = dict(config.options)
     if "expander" in options and not beside:
         if set(TERMS) <= set(objective.LOSSES):
@@ -125,4 +128,6 @@ def create_objective(
     if not isinstance(expander, int) or isinstance(expander, bool) or expander < 0:
         raise UsageError(f"options.expander is {expander!r}, not a width: a whole number, or 0")
     made: nn.Module = objective(model, tokenizer, from_dict(objective.Config, options, "options"))
-    return WithVICReg(made, expander) if beside else made
+    if beside:
+        made = Beside(made, ProjectedVICReg(model, expander))
+    return Beside(made, WordPrediction(model, tokenizer)) if config.predicts_words else made

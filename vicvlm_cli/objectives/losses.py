@@ -106,12 +106,10 @@ def itm_base_rate(negatives: float) -> float:
 
 
 def mlm_sum(logits: Tensor, target: Tensor) -> Tensor:
-    """Summed cross entropy of [M, vocab_size] logits at the M masked positions (BERT, sec. 3.1)."""
-    return F.cross_entropy(logits.float(), target, reduction="sum")
+    """Summed cross entropy of [M, vocab_size] logits at the M masked positions (BERT, sec. 3.1).
 
-
-def words_sum(logits: Tensor, target: Tensor) -> Tensor:
-    """Cross entropy of logits and probabilities, both [B, vocab_size], summed over B."""
+    ``target``: the hidden tokens, long [M], or how likely each is, [M, vocab_size].
+    """
     return F.cross_entropy(logits.float(), target, reduction="sum")
 
 

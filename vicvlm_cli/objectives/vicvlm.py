@@ -28,7 +28,6 @@ from vicvlm_cli.objectives.momentum import EmaTarget
 from vicvlm_cli.objectives.ranks import Noise, gather, global_mean
 from vicvlm_cli.objectives.retrieval import Losses
 from vicvlm_cli.objectives.vicreg import TERMS, ProjectedVICReg, vicreg_terms
-from vicvlm_cli.objectives.words import WordPrediction
 
 
 class _MaskedImage(NamedTuple):
@@ -47,7 +46,7 @@ class VicVLM(nn.Module):
         UsageError: an option is out of range for this model.
     """
 
-    LOSSES = ("itc", "itm", "mim", "joint_mim", "mlm", "words", *TERMS)
+    LOSSES = ("itc", "itm", "mim", "joint_mim", "mlm", "variance", "covariance", "invariance")
     CACHES_CONTRAST: ClassVar[bool] = True
     MORE_CAPTIONS: ClassVar[bool] = True
     # Small weights, and ITC first: with all at 1 from the start, short trainings learn nothing.
@@ -62,7 +61,6 @@ class VicVLM(nn.Module):
                 "variance": {"weight": 0.02, "start": 0.3, "ramp": 0.1},
                 "covariance": {"weight": 0.002, "start": 0.3, "ramp": 0.1},
                 "invariance": {"weight": 0.02, "start": 0.3, "ramp": 0.1},
-                "words": {"weight": 0.0},
             }
         },
         "finetune": {"objective": "retrieval", "losses": {"itc": {}, "itm": {}}},
@@ -136,7 +134,6 @@ class VicVLM(nn.Module):
         self.projected = ProjectedVICReg(model) if config.vicreg == "projections" else None
         self.mask_id = tokenizer.mask_id
         special, continuation = token_kinds(tokenizer, model.config.vocab_size)
-        self.words = WordPrediction(model.config.projection_dim, special)
         self.register_buffer("special", special, persistent=False)
         self.register_buffer("continuation", continuation, persistent=False)
         # How often each token was a masked one: the trivial guess for masked language modelling.
@@ -152,7 +149,7 @@ class VicVLM(nn.Module):
         """Raw losses named in ``active`` (ITC always), and the trivial value of each."""
         model, number = self.model, self.config.itm_negatives
         if self.projected is not None:
-            self.projected.begin()
+            self.projected.projections.begin()
         image = model.encode_image(batch.image, batch.begun)
         text = model.encode_text(batch.input_ids, batch.attention_mask)
         contrasted = contrast(model, image, text, batch, cached)
@@ -162,14 +159,8 @@ class VicVLM(nn.Module):
         if "itm" in active:
             values["itm"], clean = match(model, image, text, contrasted, noise, number)
             trivial["itm"] = torch.tensor(losses.itm_base_rate(2 * number))
-        if "words" in active:
-            assert batch.words is not None
-            values["words"], trivial["words"] = self.words(
-                [image.features, text.features], batch.words
-            )
-            active = active - {"words"}
         if self.projected is not None and not active.isdisjoint(TERMS):
-            terms, guesses = self.projected(active)
+            terms, guesses = self.projected(active, batch)
             values, trivial = {**values, **terms}, {**trivial, **guesses}
             active = active - set(TERMS)
         if active <= {"itc", "itm"}:

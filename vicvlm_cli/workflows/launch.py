@@ -117,6 +117,8 @@ def make_rows(
     split: Split,
     tokenizer: Tokenizer,
     progress: Progress,
+    *,
+    words: bool,
 ) -> Rows:
     """What batches are made of; with ``cache``, a process of each machine decodes the pictures."""
     size = load_size(model.config.image_size, data)
@@ -131,4 +133,5 @@ def make_rows(
         cache_bytes=data.cache_mb * 10**6,
         shared=data.workers > 0,
         decoded=DecodedFile(split, size) if data.cache else None,
+        words=words,
     )

@@ -120,7 +120,8 @@ def run_loop(
     model = accelerator.unwrap_model(objective).model
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     steps = total_steps(plan, config)
-    rows = make_rows(accelerator, model, data, split, tokenizer, progress)
+    words = config.predicts_words
+    rows = make_rows(accelerator, model, data, split, tokenizer, progress, words=words)
     checks = max(1, round(config.validate_every * plan.batches / config.step_batches))
     clock = clock_of(config)
     began = last_flush = last_state = clock()
