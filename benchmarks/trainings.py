@@ -100,7 +100,7 @@ def advance(run: Run, work: Path, until: float, results: Path) -> dict[str, Any]
 
 
 def _measured(run: Run, trained: dict[str, Any], checkpoint: Path, folder: Path) -> dict[str, Any]:
-    """The tables of `vicvlm evaluate`. A training ends with them if ``split`` is what it validates on.
+    """The tables of `vicvlm evaluate`; a training whose validation they are of ends with them.
 
     Not where pairs alone are scored: then it ends with its last validation, of another shortlist.
     """
