@@ -26,7 +26,7 @@ from trainings import Run, Unfinished, advance
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
 VICREG = ("variance", "covariance", "invariance")
-VICVLM = ("itm", "mlm", "mim", "joint_mim", "words", *VICREG)
+VICVLM = ("itm", "mlm", "mim", "joint_mim", *VICREG)
 
 
 class Method(NamedTuple):

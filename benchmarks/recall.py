@@ -36,7 +36,7 @@ WORK = Path("runs") / "recall"
 MATCHING = ("itm",)
 MASKED = ("mlm", "mim", "joint_mim")
 VICREG = ("variance", "covariance", "invariance")
-OTHERS = (*MATCHING, *MASKED, *VICREG, "words")
+OTHERS = (*MATCHING, *MASKED, *VICREG)
 # What a loss that is added gets: on from the middle of the run, when features tell something.
 ADDED = {"itm": 0.5, "mlm": 0.2, "mim": 0.1, "joint_mim": 0.1}
 LATE = "start = 0.5, ramp = 0.1, every = 2"
@@ -70,7 +70,6 @@ def late(*names: str) -> tuple[str, ...]:
 ALONE = without(*OTHERS)
 # VICReg where VicVLM was published with it, late and with small weights.
 MULTIMODAL = (
-    *without("words"),
     'pretrain.options.vicreg="multimodal"',
     *(
         f"pretrain.losses.{name}={{weight = {weight}, {LATE}}}"
@@ -86,8 +85,8 @@ PUBLISHED = (
     "pretrain.options.text_mask=0.25",
     *(f"pretrain.losses.{name}={{weight = 1, start = 0, ramp = 0, every = 1}}" for name in OTHERS),
     "pretrain.losses.invariance.weight=25",
-    *without("words"),
 )
+WORDS = ("pretrain.losses.words.weight=1",)
 SPREAD = {"variance": 0.5, "covariance": 0.02}  # the preset's
 PROJECTED: dict[str, dict[str, float]] = {
     "vicreg": SPREAD,
@@ -135,12 +134,12 @@ ROWS: dict[str, tuple[str, ...]] = {
     **{f"itc+{name}": (*ALONE, *late(name)) for name in ADDED},
     "itc+vicreg": (*ALONE, *(f"pretrain.losses.{name}.weight={w}" for name, w in SPREAD.items())),
     "itc+vicreg-multimodal": (*ALONE, *MULTIMODAL),
-    "itc+words": (*ALONE, "pretrain.losses.words.weight=1"),
-    "vicvlm": (),  # the preset, which is ITC with VICReg and words
+    "itc+words": (*ALONE, *WORDS),
+    "vicvlm": (),  # the preset, which is itc+vicreg
+    "vicvlm+words": WORDS,
     "vicvlm-all": late(*ADDED),
     **{f"vicvlm-all-{name}": (*late(*ADDED), *without(name)) for name in ADDED},
     "vicvlm-all-vicreg": (*late(*ADDED), *without(*VICREG)),
-    "vicvlm-all-words": (*late(*ADDED), *without("words")),
     "vicvlm-published": PUBLISHED,
     "vicvlm-multimodal": (*late(*ADDED), *MULTIMODAL),
     # Without what makes it cheap: every loss on all rows of every step.
@@ -251,11 +250,7 @@ def run(
             raise typer.BadParameter(
                 f"--set makes another row of {name}: give it a name of its own"
             )
-        given = (*ROWS.get(name, ALONE), *(settings or ()))
-        below = BASES.get(base, ())
-        if base and not any(setting.startswith("pretrain.objective=") for setting in given):
-            below += without("words")  # VicVLM had no such loss
-        chosen = (*below, *given)
+        chosen = (*BASES.get(base, ()), *ROWS.get(name, ALONE), *(settings or ()))
         runs.append(
             Run(
                 name=name,
