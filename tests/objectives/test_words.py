@@ -58,7 +58,7 @@ def test_it_stands_beside_every_objective_of_one_vector_a_picture(name: str) -> 
 
 
 def test_words_of_patches_are_refused_and_no_weight_is_no_head() -> None:
-    with pytest.raises(UsageError, match="words among the losses is of one vector a picture"):
+    with pytest.raises(UsageError, match="losses such as words are of one vector a picture"):
         make("scan")(make_batch(), NOISE, {"words"})
     assert not isinstance(make(weight=0.0), Beside)
 

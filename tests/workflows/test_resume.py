@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from tiny_training import BARE, QUIET, TINY, Heard, equal, rows, run, weights
 
 from vicvlm_cli.errors import UsageError, UserError
@@ -199,6 +200,11 @@ def test_what_cannot_be_resumed(pretrained: TrainResult, scenes: Path, tmp_path:
         pretrain(other.path, resume=stopped, progress=QUIET)
     with pytest.raises(UserError, match="already holds a run.*--resume"):
         run(scenes, stopped)
+    file = stopped / "state" / "model.safetensors"  # as an earlier version may have left it
+    state = load_file(file)
+    save_file({k: v for k, v in state.items() if "mlm_head" not in k}, file)
+    with pytest.raises(UserError, match="holds other weights than this version trains"):
+        pretrain(scenes, resume=stopped, progress=QUIET)
 
 
 def test_ctrl_c_waits_for_the_step_and_twice_does_not() -> None:
@@ -220,6 +226,7 @@ def test_ctrl_c_waits_for_the_step_and_twice_does_not() -> None:
         ("scan", "pretrain.options.mean_steps=6"),
         ("vilt",),
         ("clip", "pretrain.losses.variance.weight=0.1", "pretrain.options.expander=8"),
+        ("clip", "pretrain.losses.words.weight=0.5"),
     ],
     ids=lambda method: "-".join(method[:2]),
 )

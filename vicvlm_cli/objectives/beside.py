@@ -45,7 +45,7 @@ class FirstProjections:
         if any(x.dim() != 2 for x in self._seen.values()):
             names = ", ".join(losses)
             raise UsageError(
-                f"{names} among the losses is of one vector a picture and caption, and "
+                f"losses such as {names} are of one vector a picture and caption, and "
                 f"this model projects each patch and word: leave {names} out of the losses"
             )
         return self._seen["image_projection"].float(), self._seen["text_projection"].float()

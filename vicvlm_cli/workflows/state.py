@@ -12,6 +12,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from vicvlm_cli.data.tokenizer import Tokenizer
+from vicvlm_cli.errors import UserError
 
 
 @dataclass
@@ -46,6 +47,21 @@ def save_run_state(
         os.replace(beside, folder)
         shutil.rmtree(old, ignore_errors=True)
     accelerator.wait_for_everyone()
+
+
+def load_run_state(accelerator: Accelerator, folder: Path) -> None:
+    """Put back what :func:`save_run_state` wrote, into what ``accelerator`` has prepared.
+
+    Raises:
+        UserError: the objective of then had other parameters.
+    """
+    try:
+        accelerator.load_state(str(folder))
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"{folder} holds other weights than this version trains, so that the run cannot go on: "
+            "start a new one, or go on with the version that began it"
+        ) from error
 
 
 def find_run_state(run: Path) -> Path | None:

@@ -32,7 +32,7 @@ from vicvlm_cli.workflows.loop import parameter_groups, run_loop, total_steps
 from vicvlm_cli.workflows.metrics import LossRow, Metrics, summary_dicts
 from vicvlm_cli.workflows.profile import Recorder, trace_file
 from vicvlm_cli.workflows.session import Job, Session
-from vicvlm_cli.workflows.state import Position, find_run_state
+from vicvlm_cli.workflows.state import Position, find_run_state, load_run_state
 from vicvlm_cli.workflows.views import check_views, drop_views
 
 PRESET_OF_SOURCE = {
@@ -217,7 +217,7 @@ def _train(
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
     objective, optimizer = accelerator.prepare(objective, optimizer)
     if job.state is not None:
-        accelerator.load_state(str(job.state))
+        load_run_state(accelerator, job.state)
     set_seed(config.seed + job.position.step, device_specific=True)
     if accelerator.is_main_process:
         job.run.mkdir(parents=True, exist_ok=True)
