@@ -112,9 +112,9 @@ def create_objective(
             f"no loss of {config.objective} is on in every step, so that in some nothing would be "
             "trained: give one a weight above 0, with start = 0, ramp = 0 and every = 1"
         )
-    beside = any(name in TERMS and name not in objective.LOSSES for name in config.losses)
+    vicreg = any(name in TERMS and name not in objective.LOSSES for name in config.losses)
     options = dict(config.options)
-    if "expander" in options and not beside:
+    if "expander" in options and not vicreg:
         if set(TERMS) <= set(objective.LOSSES):
             raise UsageError(
                 f"{config.objective} has VICReg's terms itself, without an expander: leave "
@@ -124,10 +124,10 @@ def create_objective(
             f"options.expander is of VICReg's terms beside {config.objective}'s own losses: give "
             f"{', '.join(TERMS)} weights in losses, or leave it out"
         )
-    expander = options.pop("expander", 0) if beside else 0
+    expander = options.pop("expander", 0) if vicreg else 0
     if not isinstance(expander, int) or isinstance(expander, bool) or expander < 0:
         raise UsageError(f"options.expander is {expander!r}, not a width: a whole number, or 0")
     made: nn.Module = objective(model, tokenizer, from_dict(objective.Config, options, "options"))
-    if beside:
+    if vicreg:
         made = Beside(made, ProjectedVICReg(model, expander))
     return Beside(made, WordPrediction(model, tokenizer)) if config.predicts_words else made
