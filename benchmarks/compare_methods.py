@@ -144,12 +144,13 @@ def run(
 def report(
     out: Annotated[Path, typer.Argument(help="Folder of the finished runs.")],
     plot: Annotated[Path | None, typer.Option(help="Draw recall against time and pairs.")] = None,
+    flops: Annotated[Path | None, typer.Option(help="Folder of operations. [default: flops]")] = None,
 ) -> None:
     """Tables in Markdown: final figures, their cost, recall at equal time and at equal pairs."""
-    runs = read_runs(out, METHODS)
+    runs = {name: found for name, found in read_runs(out, METHODS).items() if name in METHODS}
     if not runs:
         raise typer.BadParameter(f"there are no finished runs in {out}")
-    print(final_table(runs, out / "flops"))
+    print(final_table(runs, flops or out / "flops"))
     print("\nMean of both R@1 on validation in pretraining, by the method's own way of scoring.")
     for against in ("seconds", "pairs"):
         print(f"\n{shared_table(runs, against)}")

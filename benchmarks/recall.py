@@ -31,6 +31,12 @@ app = typer.Typer(no_args_is_help=True, add_completion=False)
 MINUTES = {"T": 5.0, "XS": 12.0, "S": 30.0, "L": 60.0}
 RESULTS = Path(__file__).parent / "results" / "recall"
 PRESET = "vicvlm-tiny-photos"
+TEACHER = "deit_tiny_patch16_224"  # of s_smke, at 224 pixels: the weights that all start from
+# Epochs between validations of methods whose pairs cost so much that few of them are seen.
+VALIDATE_EVERY = {
+    **dict.fromkeys(("scan", "scan-i2t", "albef", "vilt"), 1.0),
+    **dict.fromkeys(("mamo", "mamo-seed", "maskvlm", "s_smke"), 0.5),
+}
 WORK = Path("runs") / "recall"
 
 MATCHING = ("itm",)
@@ -191,11 +197,11 @@ ROWS: dict[str, tuple[str, ...]] = {
         f"clip+vicreg-text-first-{n}": (*on_projections(**SPREAD), f"pretrain.frozen_epochs={n}")
         for n in (3, 12)
     },
-    # The other methods, by their recipes; one that needs a teacher by compare_methods alone.
+    # The other methods, by their recipes.
     **{
         name: method.pretrain
         for name, method in METHODS.items()
-        if not method.taught and not name.startswith(("itc", "vicvlm"))
+        if not name.startswith(("itc", "vicvlm"))
     },
     # Further levers, beside VICReg; and the text side's on a picture side that stays frozen, which
     # few minutes tell apart.
@@ -241,6 +247,7 @@ def run(
     place = f"{budget}-{base}" if base else budget
     if not supports_bf16("cpu"):
         place += "-float32"
+    taught = (f"pretrain.options.teacher={TEACHER}", f"pretrain.options.teacher_weights={weights}")
     runs = []
     for word in row:
         name, _, seed = word.partition(":")
@@ -251,6 +258,8 @@ def run(
                 f"--set makes another row of {name}: give it a name of its own"
             )
         chosen = (*BASES.get(base, ()), *ROWS.get(name, ALONE), *(settings or ()))
+        if name in METHODS and METHODS[name].taught:
+            chosen += taught
         runs.append(
             Run(
                 name=name,
@@ -258,7 +267,7 @@ def run(
                 data=data,
                 minutes=MINUTES[budget],
                 tune=0.0,
-                validate_every=4.0,
+                validate_every=VALIDATE_EVERY.get(name, 4.0),
                 pretrain=chosen,
                 options=("--preset", PRESET, "--image-weights", str(weights)),
             )
