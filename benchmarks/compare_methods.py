@@ -144,7 +144,9 @@ def run(
 def report(
     out: Annotated[Path, typer.Argument(help="Folder of the finished runs.")],
     plot: Annotated[Path | None, typer.Option(help="Draw recall against time and pairs.")] = None,
-    flops: Annotated[Path | None, typer.Option(help="Folder of operations. [default: flops]")] = None,
+    flops: Annotated[
+        Path | None, typer.Option(help="Folder of operations. [default: flops]")
+    ] = None,
 ) -> None:
     """Tables in Markdown: final figures, their cost, recall at equal time and at equal pairs."""
     runs = {name: found for name, found in read_runs(out, METHODS).items() if name in METHODS}
