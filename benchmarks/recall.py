@@ -1,34 +1,40 @@
 """Which losses and levers earn their place: one row of docs/results.md by one command.
 
     python benchmarks/recall.py list
-    python benchmarks/recall.py run DATA --weights FILE --budget S --row itc --row vicvlm
+    python benchmarks/recall.py speed DATA --weights FILE
+    python benchmarks/recall.py run DATA --weights FILE --budget L --row itc --row vicvlm
     python benchmarks/recall.py report
 
 DATA is a prepared Flickr8k, FILE the ImageNet weights of deit_tiny_patch16_224. Each budget is CPU
-time of pretraining and fine-tuning together: T, for the text side alone, is 5 core-minutes, XS, for
-a first look, 12, S 30 (15 minutes of two cores), L 60. Finished rows are kept as small JSON files
-in benchmarks/results/recall and not run again, those of machines without bfloat16, where a minute
-holds half as much, in folders of their own; with `--piece 9` no call takes longer than about nine
-minutes, and the same call goes on.
+time of pretraining and fine-tuning together. What a core does in a minute differs by two between
+machines, so `speed` measures it first: L is as long as ITC alone takes on this machine for 88,000
+pairs, which is 60 minutes of one core (30 of two) where there is nothing faster than AVX2, and 30
+where bfloat16 is fast; S is half of it, XS, for a first look, a fifth, T, for the text side alone,
+a twelfth. Finished rows are kept as small JSON files in benchmarks/results/recall and not run
+again; with `--piece 9` no call takes longer than about nine minutes, and the same call goes on.
 """
 
 from __future__ import annotations
 
+import json
 import math
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from compare_methods import METHODS
 from comparison import WAYS, noted_gflop, read_runs, recalls, rsum, table  # beside this file
-from trainings import Run, Unfinished, advance
+from trainings import Run, Unfinished, advance, vicvlm, write_whole
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
-MINUTES = {"T": 5.0, "XS": 12.0, "S": 30.0, "L": 60.0}
+PAIRS = 88_000  # of ITC alone, in L
+FROZEN_PAIRS = 6 * 31 * 192  # of them: the preset's six epochs of a text side that learns first
+SHARES = {"T": 1 / 12, "XS": 1 / 5, "S": 1 / 2, "L": 1.0}
 RESULTS = Path(__file__).parent / "results" / "recall"
 PRESET = "vicvlm-tiny-photos"
 TEACHER = "deit_tiny_patch16_224"  # of s_smke, at 224 pixels: the weights that all start from
@@ -38,6 +44,7 @@ VALIDATE_EVERY = {
     **dict.fromkeys(("mamo", "mamo-seed", "maskvlm", "s_smke"), 0.5),
 }
 WORK = Path("runs") / "recall"
+SPEED = WORK / "speed.json"
 
 MATCHING = ("itm",)
 MASKED = ("mlm", "mim", "joint_mim")
@@ -222,11 +229,57 @@ def names() -> None:
 
 
 @app.command()
+def speed(
+    data: Annotated[Path, typer.Argument(help="Prepared data set.")],
+    weights: Annotated[Path, typer.Option(help="ImageNet weights of the image encoder.")],
+    jobs: Annotated[int, typer.Option(help="As many side by side as rows will be.")] = 2,
+) -> None:
+    """Measure how long ITC alone takes on this machine: a short training, of 5 to 10 minutes."""
+    settings = (
+        *ALONE,
+        *("pretrain.epochs=2", "pretrain.max_minutes=0", "pretrain.frozen_epochs=0.9"),
+        *("pretrain.validate_every=9", "pretrain.validation_images=16", "pretrain.clock=cpu"),
+        "model.eval_views=1",
+    )
+    words = ["pretrain", "--data", str(data), "--preset", PRESET, "--image-weights", str(weights)]
+    words += [word for setting in settings for word in ("--set", setting)]
+
+    def one(folder: Path) -> float:
+        folder.mkdir()
+        code, _, _ = vicvlm([*words, "--output", str(folder / "run")], folder, None)
+        if code:
+            raise SystemExit((folder / "log.txt").read_text("utf-8"))
+        return _minutes(folder / "run" / "metrics.jsonl")
+
+    with tempfile.TemporaryDirectory() as place, ThreadPoolExecutor(jobs) as pool:
+        minutes = mean(pool.map(one, [Path(place) / str(number) for number in range(jobs)]))
+    WORK.mkdir(parents=True, exist_ok=True)
+    write_whole(SPEED, {"minutes": minutes})
+    print(f"L is {minutes:.1f} minutes of one core on this machine (in {SPEED})")
+
+
+def _minutes(metrics: Path) -> float:
+    """Of ITC alone for :data:`PAIRS`, by how a short training of it went."""
+    rows = [json.loads(line) for line in metrics.read_text("utf-8").splitlines()]
+    rows = [row for row in rows if row["kind"] == "train"]
+    resting = [row for row in rows if row["frozen_blocks"]]
+    moving = rows[len(resting) + 1 :]  # without that in which they thawed
+
+    def seconds_a_pair(of: list[dict[str, Any]]) -> float:
+        seconds, pairs = ([row[key] for row in of] for key in ("seconds", "pairs"))
+        return float((seconds[-1] - seconds[0]) / (pairs[-1] - pairs[0]))
+
+    views = resting[0]["seconds"] - resting[0]["pairs"] * seconds_a_pair(resting)
+    seconds = views + FROZEN_PAIRS * seconds_a_pair(resting)
+    return (seconds + (PAIRS - FROZEN_PAIRS) * seconds_a_pair(moving)) / 60
+
+
+@app.command()
 def run(
     data: Annotated[Path, typer.Argument(help="Prepared data set.")],
     row: Annotated[list[str], typer.Option(help="Which; repeatable, NAME or NAME:SEED.")],
     weights: Annotated[Path, typer.Option(help="ImageNet weights of the image encoder.")],
-    budget: Annotated[str, typer.Option(help="T, XS, S or L.")] = "S",
+    budget: Annotated[str, typer.Option(help="T, XS, S or L.")] = "L",
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Another configuration, named by --row.")
     ] = None,
@@ -239,14 +292,13 @@ def run(
     """Train and measure what has not been measured yet."""
     from flops import note_gflop  # imports torch, which a report does without
 
-    from vicvlm_cli.device import supports_bf16
-
+    if not SPEED.exists():
+        raise typer.BadParameter("measure this machine first: python benchmarks/recall.py speed")
+    minutes = SHARES[budget] * json.loads(SPEED.read_text("utf-8"))["minutes"]
     until = time.monotonic() + 60 * piece if piece else math.inf
     if base and base not in BASES:
         raise typer.BadParameter(f"there is no base {base}: {', '.join(BASES)}")
     place = f"{budget}-{base}" if base else budget
-    if not supports_bf16("cpu"):
-        place += "-float32"
     taught = (f"pretrain.options.teacher={TEACHER}", f"pretrain.options.teacher_weights={weights}")
     runs = []
     for word in row:
@@ -265,7 +317,7 @@ def run(
                 name=name,
                 seed=int(seed or 0),
                 data=data,
-                minutes=MINUTES[budget],
+                minutes=round(minutes, 2),
                 tune=0.0,
                 validate_every=VALIDATE_EVERY.get(name, 4.0),
                 pretrain=chosen,
@@ -290,14 +342,14 @@ def run(
 
 @app.command()
 def report(
-    budget: Annotated[str, typer.Option(help="S, or another folder of finished rows.")] = "S",
+    budget: Annotated[str, typer.Option(help="L, or another folder of finished rows.")] = "L",
 ) -> None:
     """The table of a budget, in Markdown."""
     runs = read_runs(RESULTS / budget, ROWS)
     if not runs:
         raise typer.BadParameter(f"there are no finished rows of {budget}")
     rows = []
-    earlier = any(part not in (*MINUTES, "float32") for part in budget.split("-"))
+    earlier = any(part not in (*SHARES, "float32") for part in budget.split("-"))
     for name, results in runs.items():
         cells = [name, str(len(results)), f"{mean(r['pretrain']['pairs'] for r in results):,.0f}"]
         cells.append(noted_gflop(_flops(earlier, name), results))

@@ -111,7 +111,7 @@ def _measured(run: Run, trained: dict[str, Any], checkpoint: Path, folder: Path)
         half = supports_bf16(best_device())
         return best | {"precision": "bfloat16" if half else "float32"}
     words = ["evaluate", str(checkpoint), "--data", str(run.data), "--split", run.split]
-    code, text, peak = _vicvlm([*words, "--top-k", str(run.top_k), "--json"], folder, None)
+    code, text, peak = vicvlm([*words, "--top-k", str(run.top_k), "--json"], folder, None)
     if code:
         raise SystemExit(f"{run.key} failed; {folder / 'log.txt'} says why")
     tables: dict[str, Any] = json.loads(text)
@@ -167,7 +167,7 @@ def _train(
         elif folder.exists():  # ended before there was anything to go on from
             for leftover in folder.iterdir():
                 leftover.unlink()
-        code, _, peak = _vicvlm(command, folder.parent, until)
+        code, _, peak = vicvlm(command, folder.parent, until)
         known["peak_mb"] = max(known["peak_mb"], peak)
         write_whole(note, known)
         if not result.exists():
@@ -185,7 +185,7 @@ def _frozen_pairs(folder: Path) -> int:
     return max(seen, default=0)
 
 
-def _vicvlm(words: list[str], folder: Path, until: float | None) -> tuple[int, str, int]:
+def vicvlm(words: list[str], folder: Path, until: float | None) -> tuple[int, str, int]:
     """Exit code, what was printed, and the peak memory in MB; interrupted at ``until``."""
     # A benchmark leaves alone what the user's own commands remember.
     with tempfile.TemporaryDirectory() as state, open(folder / "log.txt", "a") as log:

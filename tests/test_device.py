@@ -14,10 +14,15 @@ from vicvlm_cli import device
 
 @pytest.mark.parametrize(
     ("flags", "expected"),
-    [("fpu avx512f avx512_bf16 sse", True), ("fpu amx_bf16", True), ("fpu avx512f avx2", False)],
+    [
+        ("AuthenticAMD\nflags : fpu avx512f avx512_bf16 sse", True),
+        ("GenuineIntel\nflags : fpu avx512f avx512_bf16 sse", False),
+        ("GenuineIntel\nflags : fpu avx512_bf16 amx_bf16", True),
+        ("AuthenticAMD\nflags : fpu avx512f avx2", False),
+    ],
 )
-def test_a_cpu_gains_where_it_has_the_instructions(monkeypatch, flags, expected):
-    monkeypatch.setattr(Path, "read_text", lambda *_, **__: f"flags : {flags}\n")
+def test_a_cpu_gains_where_its_instructions_are_fast(monkeypatch, flags, expected):
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: f"vendor_id : {flags}\n")
     device._cpu_has_bf16.cache_clear()
     try:
         assert device.supports_bf16("cpu") is expected
