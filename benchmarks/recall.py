@@ -237,7 +237,7 @@ def speed(
     """Measure how long ITC alone takes on this machine: a short training, of 5 to 10 minutes."""
     settings = (
         *ALONE,
-        *("pretrain.epochs=2", "pretrain.max_minutes=0", "pretrain.frozen_epochs=0.9"),
+        *("pretrain.epochs=2", "pretrain.max_minutes=0"),  # a quarter of it frozen
         *("pretrain.validate_every=9", "pretrain.validation_images=16", "pretrain.clock=cpu"),
         "model.eval_views=1",
     )
@@ -262,16 +262,12 @@ def _minutes(metrics: Path) -> float:
     """Of ITC alone for :data:`PAIRS`, by how a short training of it went."""
     rows = [json.loads(line) for line in metrics.read_text("utf-8").splitlines()]
     rows = [row for row in rows if row["kind"] == "train"]
-    resting = [row for row in rows if row["frozen_blocks"]]
-    moving = rows[len(resting) + 1 :]  # without that in which they thawed
-
-    def seconds_a_pair(of: list[dict[str, Any]]) -> float:
-        seconds, pairs = ([row[key] for row in of] for key in ("seconds", "pairs"))
-        return float((seconds[-1] - seconds[0]) / (pairs[-1] - pairs[0]))
-
-    views = resting[0]["seconds"] - resting[0]["pairs"] * seconds_a_pair(resting)
-    seconds = views + FROZEN_PAIRS * seconds_a_pair(resting)
-    return (seconds + (PAIRS - FROZEN_PAIRS) * seconds_a_pair(moving)) / 60
+    resting = [row for row in rows if row["frozen_blocks"]][-1]
+    moving = [row for row in rows if row["frozen_blocks"] == 0][1:]  # the first is of both
+    views = resting["seconds"] - resting["pairs"] / resting["pairs_per_second"]
+    seconds, pairs = (moving[-1][key] - moving[0][key] for key in ("seconds", "pairs"))
+    rest = (PAIRS - FROZEN_PAIRS) * seconds / pairs
+    return float(views + FROZEN_PAIRS / resting["pairs_per_second"] + rest) / 60
 
 
 @app.command()
