@@ -44,8 +44,8 @@ def _cpu_has_bf16() -> bool:
         flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="ignore")
     except OSError:
         return False
-    # Intel's AVX512-BF16 without AMX, as on virtual machines that hide it, multiplies no faster than
-    # float32, and a training step takes nearly twice as long.
+    # Intel's AVX512-BF16 without AMX, as on virtual machines that hide it, multiplies no faster
+    # than float32, and a training step takes nearly twice as long.
     return "amx_bf16" in flags or ("avx512_bf16" in flags and "AuthenticAMD" in flags)
 
 
