@@ -257,7 +257,7 @@ def test_what_was_remembered_and_is_gone_is_named(tmp_path):
     "error, code, text",
     [
         (UserError("the moon is full"), 1, "error: the moon is full"),
-        (KeyboardInterrupt(), 130, "stopped from the keyboard"),
+        (KeyboardInterrupt(), 130, "stopped; what was finished before is kept"),
     ],
 )
 def test_stopping_takes_one_sentence(monkeypatch, error, code, text):

@@ -35,7 +35,7 @@ class Commands(TyperGroup):
         except UserError as error:
             _fail(f"error: {error}", error.exit_code)
         except KeyboardInterrupt:
-            _fail("stopped from the keyboard; what was finished before is kept", 130)
+            _fail("stopped; what was finished before is kept", 130)
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -164,26 +166,59 @@ def test_training_is_that_of_one_process_on_the_joint_batch(
     assert len(validation[0]) == len(validation[1]) == 2  # by the first process alone
 
 
-def test_the_command_that_users_type(one: Path, scenes: Path, tmp_path: Path) -> None:
-    settings = [word for s in [*TINY, *SETTINGS] for word in ("--set", s)]
-    done = subprocess.run(
+def launch(*words: str, state: Path) -> subprocess.Popen[str]:
+    """`vicvlm WORDS` in two processes, as a user starts them."""
+    return subprocess.Popen(
         [
             *(sys.executable, "-m", "torch.distributed.run"),  # which is torchrun
-            *("--standalone", "--nproc_per_node", "2"),
-            *("-m", "vicvlm_cli", "pretrain", "--target", "byol", "--data", str(scenes)),
-            *("--output", str(tmp_path / "run"), "--batch-size", "8", "--json", *settings),
+            *("--standalone", "--nproc_per_node", "2", "-m", "vicvlm_cli", *words),
         ],
-        env=environment(VICVLM_STATE=str(tmp_path / "state.json")),
-        capture_output=True,
+        env=environment(VICVLM_STATE=str(state)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=600,
     )
-    assert done.returncode == 0, done.stderr
-    result: dict[str, Any] = json.loads(done.stdout)  # one document, from one process
+
+
+def test_the_command_that_users_type(one: Path, scenes: Path, tmp_path: Path) -> None:
+    settings = [word for s in [*TINY, *SETTINGS] for word in ("--set", s)]
+    process = launch(
+        *("pretrain", "--target", "byol", "--data", str(scenes)),
+        *("--output", str(tmp_path / "run"), "--batch-size", "8", "--json", *settings),
+        state=tmp_path / "state.json",
+    )
+    out, said = process.communicate(timeout=600)
+    assert process.returncode == 0, said
+    result: dict[str, Any] = json.loads(out)  # one document, from one process
     assert result["steps"] == 12 and result["pairs"] == 192
-    assert done.stderr.count("12 steps of 16 pairs, cpu no, 2 processes") == 1
+    assert said.count("12 steps of 16 pairs, cpu no, 2 processes") == 1
     # None but that of frozen random blocks, said by one process.
-    assert done.stderr.count("warning: blocks of an image encoder") == 1
-    assert done.stderr.count("warning:") == 1
+    assert said.count("warning: blocks of an image encoder") == 1
+    assert said.count("warning:") == 1
     for mine, other in zip(rows(tmp_path / "run"), rows(one), strict=True):
         assert mine["losses"] == pytest.approx(other["losses"], rel=2e-3)
+
+
+def test_two_processes_stop_at_one_step_and_go_on(scenes: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    settings = [word for s in [*TINY, *BARE, "pretrain.epochs=20"] for word in ("--set", s)]
+    words = ("--data", str(scenes), "--output", str(folder), "--batch-size", "8", *settings)
+    process = launch("pretrain", *words, state=tmp_path / "state.json")
+    try:
+        while not (folder / "metrics.jsonl").exists() and process.poll() is None:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=600)
+    finally:
+        process.kill()
+    assert process.returncode != 0
+    stopped = rows(folder)[-1]["step"]
+    assert said.count(f"stopped at step {stopped}: --resume {folder} goes on") == 1, said
+    assert stopped % 10 == 0 and stopped < 120
+    words = ("pretrain", "--data", str(scenes), "--resume", str(folder))
+    process = launch(*words, state=tmp_path / "state.json")
+    _, said = process.communicate(timeout=600)
+    assert process.returncode == 0, said
+    assert f"resuming {folder} at step {stopped}" in said
+    assert [row["step"] for row in rows(folder)] == [*range(10, 121, 10)]
+    assert not (folder / "state").exists()

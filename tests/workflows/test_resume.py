@@ -207,14 +207,15 @@ def test_what_cannot_be_resumed(pretrained: TrainResult, scenes: Path, tmp_path:
         pretrain(scenes, resume=stopped, progress=QUIET)
 
 
-def test_ctrl_c_waits_for_the_step_and_twice_does_not() -> None:
-    before = signal.getsignal(signal.SIGINT)
-    stopping = StopAtStep(enabled=True)
+@pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_waits_for_the_step_and_twice_does_not(which: signal.Signals) -> None:
+    before = signal.getsignal(which)
+    stopping = StopAtStep()
     with pytest.raises(KeyboardInterrupt), stopping:
-        ctrl_c()
+        os.kill(os.getpid(), which)
         assert stopping.asked  # and nothing was raised
-        ctrl_c()
-    assert signal.getsignal(signal.SIGINT) is before
+        os.kill(os.getpid(), which)
+    assert signal.getsignal(which) is before
 
 
 @pytest.mark.parametrize(

@@ -190,7 +190,7 @@ def run_loop(
         )
     pin = accelerator.device.type == "cuda"
     objective.train()
-    stopping = StopAtStep(enabled=accelerator.num_processes == 1)
+    stopping = StopAtStep()
     goal = steps * config.step_batches * per_batch
     with stopping, recorder, progress.bar("training", total=goal, unit="pairs") as bar:
         bar.advance(position.pairs)
@@ -235,12 +235,12 @@ def run_loop(
                         drop_views(folder)  # gigabytes, of pictures in large numbers
                     views = None
                 due = config.validate_every > 0 and position.step % checks == 0
-                saving = position.step % LOG_STEPS == 0 and agreed(
-                    now - last_state > 60 * config.state_minutes
-                )
-                stop = stopping.asked
+                logging = position.step % LOG_STEPS == 0
+                saving = logging and agreed(now - last_state > 60 * config.state_minutes)
+                # Several processes must stop at one step, and agree where they wait anyhow.
+                stop = (logging or accelerator.num_processes == 1) and agreed(stopping.asked)
                 # Before anything is kept, so that weights of a loss that is not finite never are.
-                if position.step % LOG_STEPS == 0 or due or stop or share >= 1:
+                if logging or due or stop or share >= 1:
                     with part("log"):
                         means = metrics.flush(
                             step=position.step,
@@ -273,6 +273,7 @@ def run_loop(
                     last_state = clock()
                 recorder.step()
                 if stop:
+                    progress.say(f"stopped at step {position.step}: --resume {folder} goes on")
                     raise KeyboardInterrupt
                 if share >= 1:
                     break
