@@ -154,7 +154,7 @@ def report(
         raise typer.BadParameter(f"there are no finished runs in {out}")
     print(final_table(runs, flops or out / "flops"))
     print("\nMean of both R@1 on validation in pretraining, by the method's own way of scoring.")
-    for against in ("seconds", "pairs"):
+    for against in ("time", "pairs"):
         print(f"\n{shared_table(runs, against)}")
     if plot is not None:
         draw(runs, plot)

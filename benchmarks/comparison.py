@@ -37,6 +37,7 @@ def final_table(runs: dict[str, list[Result]], flops: Path) -> str:
         *(title for _ in banked for title in ("query bank: text to image", "image to text")),
         "pair scores: text to image",
         "image to text",
+        "pairs",
         "pairs/s",
         "GFLOP a pair",
         "peak MB",
@@ -48,6 +49,7 @@ def final_table(runs: dict[str, list[Result]], flops: Path) -> str:
         for kind in ("dual", *banked, "reranked"):
             mark = "*" * (shortlist and kind == "dual")
             cells += [recalls(results, kind, way) + mark for way in WAYS]
+        cells.append(f"{mean(r['pretrain']['pairs'] for r in results):,.0f}")
         cells.append(f"{mean(r['pretrain']['pairs_per_second'] for r in results):.0f}")
         cells.append(noted_gflop(flops / f"{name}.json", results))
         cells.append(f"{max(r['pretrain']['peak_mb'] for r in results):,}")
@@ -88,12 +90,10 @@ def noted_gflop(file: Path, results: list[Result]) -> str:
 
 
 def shared_table(runs: dict[str, list[Result]], against: str) -> str:
-    """Recall at equal ``seconds`` or ``pairs``: shares of what every run has had."""
-    shared = min(
-        run["pretrain"]["validation"][-1][against] for results in runs.values() for run in results
-    )
+    """Recall at equal ``time``, or at equal ``pairs``: shares of what every run has had."""
+    shared = min(curve(run, against)[-1][0] for results in runs.values() for run in results)
     places = [share * shared for share in SHARES]
-    unit = "s" if against == "seconds" else "pairs"
+    unit = "% of the time" if against == "time" else "pairs"
     rows = [
         [name, *(spread([at(run, against, place) for run in results]) for place in places)]
         for name, results in runs.items()
@@ -120,11 +120,18 @@ def alone(evaluation: Result) -> bool:
 
 
 def curve(run: Result, against: str) -> list[tuple[float, float]]:
-    """(seconds or pairs, mean of both R@1) of the validations of a pretraining."""
+    """(time or pairs, mean of both R@1) of the validations of a pretraining.
+
+    Time is in percent of the run's own: the same budget is of more seconds on a slower machine.
+    """
     points = []
-    for row in run["pretrain"]["validation"]:
+    validation = run["pretrain"]["validation"]
+    for row in validation:
         metrics = (row["reranked"] if alone(row) else None) or row["dual"]
-        points.append((row[against], mean(metrics[way]["r1"] for way in WAYS)))
+        place = row["pairs"]
+        if against == "time":
+            place = 100 * row["seconds"] / validation[-1]["seconds"]
+        points.append((place, mean(metrics[way]["r1"] for way in WAYS)))
     return points
 
 
@@ -148,7 +155,7 @@ def draw(runs: dict[str, list[Result]], path: Path) -> None:
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
     colours = plt.get_cmap("tab20").colors
-    for axis, against, unit in zip(axes, ("seconds", "pairs"), (60, 1000), strict=True):
+    for axis, against, unit in zip(axes, ("time", "pairs"), (1, 1000), strict=True):
         for number, (name, results) in enumerate(runs.items()):
             for i, run in enumerate(results):
                 points = [(x / unit, y) for x, y in curve(run, against)]
@@ -158,7 +165,7 @@ def draw(runs: dict[str, list[Result]], path: Path) -> None:
                     label=name if i == 0 else None,
                     marker=".",
                 )
-        axis.set_xlabel("CPU minutes" if against == "seconds" else "thousand pairs")
+        axis.set_xlabel("% of the CPU time" if against == "time" else "thousand pairs")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("mean of both R@1 on validation")
     axes[1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1.02, 0.5))
