@@ -22,7 +22,8 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rows import Row  # beside this file
+from machine import cpu_name  # beside this file
+from rows import Row
 
 MODULES: dict[str, str] = {  # name: module
     name: name for name in ("step", "loader", "evaluate", "embed", "scaling")
@@ -77,21 +78,13 @@ def keep(file: Path, rows: Sequence[Row]) -> None:
 def machine() -> dict[str, Any]:
     """What the figures depend on beside the code."""
     return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text("ascii", "ignore").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,8 @@ from typing import Annotated
 
 import typer
 from compare_methods import METHODS
-from comparison import WAYS, noted_gflop, read_runs, recalls, rsum, table  # beside this file
+from comparison import WAYS, Result, noted_gflop, read_runs, recalls, rsum, table
+from machine import cpu_name  # beside this file, as the others
 from trainings import Run, Unfinished, advance, vicvlm, write_whole
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
@@ -234,40 +235,36 @@ def speed(
     weights: Annotated[Path, typer.Option(help="ImageNet weights of the image encoder.")],
     jobs: Annotated[int, typer.Option(help="As many side by side as rows will be.")] = 2,
 ) -> None:
-    """Measure how long ITC alone takes on this machine: a short training, of 5 to 10 minutes."""
-    settings = (
-        *ALONE,
-        *("pretrain.epochs=2", "pretrain.max_minutes=0"),  # a quarter of it frozen
-        *("pretrain.validate_every=9", "pretrain.validation_images=16", "pretrain.clock=cpu"),
-        "model.eval_views=1",
+    """Measure how long ITC alone takes on this machine, by two short trainings: 5 to 9 minutes."""
+    common = (
+        *(*ALONE, "pretrain.max_minutes=0", "pretrain.clock=cpu", "model.eval_views=1"),
+        *("pretrain.validate_every=9", "pretrain.validation_images=16"),
     )
-    words = ["pretrain", "--data", str(data), "--preset", PRESET, "--image-weights", str(weights)]
-    words += [word for setting in settings for word in ("--set", setting)]
+    first = ("pretrain.epochs=1", "pretrain.frozen_epochs=0")  # all of it frozen
+    second = ("pretrain.epochs=0.65", *AT_ONCE)
+
+    def steps(folder: Path, settings: tuple[str, ...]) -> tuple[float, float]:
+        """Seconds before the first step, and seconds a pair."""
+        words = ["pretrain", "--data", str(data), "--output", str(folder / settings[0])]
+        words += ["--preset", PRESET, "--image-weights", str(weights)]
+        words += [word for setting in (*common, *settings) for word in ("--set", setting)]
+        if vicvlm(words, folder, None)[0]:
+            raise SystemExit((folder / "log.txt").read_text("utf-8"))
+        lines = (folder / settings[0] / "metrics.jsonl").read_text("utf-8").splitlines()
+        rows = [row for row in map(json.loads, lines) if row["kind"] == "train"]
+        seconds, pairs = (rows[-1][key] - rows[0][key] for key in ("seconds", "pairs"))
+        return rows[0]["seconds"] - rows[0]["pairs"] * seconds / pairs, seconds / pairs
 
     def one(folder: Path) -> float:
         folder.mkdir()
-        code, _, _ = vicvlm([*words, "--output", str(folder / "run")], folder, None)
-        if code:
-            raise SystemExit((folder / "log.txt").read_text("utf-8"))
-        return _minutes(folder / "run" / "metrics.jsonl")
+        (views, resting), (_, moving) = steps(folder, first), steps(folder, second)
+        return (views + FROZEN_PAIRS * resting + (PAIRS - FROZEN_PAIRS) * moving) / 60
 
     with tempfile.TemporaryDirectory() as place, ThreadPoolExecutor(jobs) as pool:
         minutes = mean(pool.map(one, [Path(place) / str(number) for number in range(jobs)]))
     WORK.mkdir(parents=True, exist_ok=True)
-    write_whole(SPEED, {"minutes": minutes})
+    write_whole(SPEED, {"minutes": round(minutes, 1), "cpu": cpu_name()})
     print(f"L is {minutes:.1f} minutes of one core on this machine (in {SPEED})")
-
-
-def _minutes(metrics: Path) -> float:
-    """Of ITC alone for :data:`PAIRS`, by how a short training of it went."""
-    rows = [json.loads(line) for line in metrics.read_text("utf-8").splitlines()]
-    rows = [row for row in rows if row["kind"] == "train"]
-    resting = [row for row in rows if row["frozen_blocks"]][-1]
-    moving = [row for row in rows if row["frozen_blocks"] == 0][1:]  # the first is of both
-    views = resting["seconds"] - resting["pairs"] / resting["pairs_per_second"]
-    seconds, pairs = (moving[-1][key] - moving[0][key] for key in ("seconds", "pairs"))
-    rest = (PAIRS - FROZEN_PAIRS) * seconds / pairs
-    return float(views + FROZEN_PAIRS / resting["pairs_per_second"] + rest) / 60
 
 
 @app.command()
@@ -288,9 +285,10 @@ def run(
     """Train and measure what has not been measured yet."""
     from flops import note_gflop  # imports torch, which a report does without
 
-    if not SPEED.exists():
+    measured = json.loads(SPEED.read_text("utf-8")) if SPEED.exists() else {}
+    if measured.get("cpu") != cpu_name():
         raise typer.BadParameter("measure this machine first: python benchmarks/recall.py speed")
-    minutes = SHARES[budget] * json.loads(SPEED.read_text("utf-8"))["minutes"]
+    minutes = round(SHARES[budget] * measured["minutes"], 1)
     until = time.monotonic() + 60 * piece if piece else math.inf
     if base and base not in BASES:
         raise typer.BadParameter(f"there is no base {base}: {', '.join(BASES)}")
@@ -313,7 +311,7 @@ def run(
                 name=name,
                 seed=int(seed or 0),
                 data=data,
-                minutes=round(minutes, 2),
+                minutes=minutes,
                 tune=0.0,
                 validate_every=VALIDATE_EVERY.get(name, 4.0),
                 pretrain=chosen,
@@ -323,7 +321,7 @@ def run(
 
     def one(run: Run) -> None:
         try:
-            advance(run, WORK / place, until, RESULTS / place)
+            advance(run, WORK / f"{place}-{minutes}", until, RESULTS / place)
             print(f"{run.key}: done, report --budget {place}", flush=True)
         except Unfinished:
             print(f"{run.key}: the same call goes on from here", flush=True)
@@ -347,7 +345,8 @@ def report(
     rows = []
     earlier = any(part not in (*SHARES, "float32") for part in budget.split("-"))
     for name, results in runs.items():
-        cells = [name, str(len(results)), f"{mean(r['pretrain']['pairs'] for r in results):,.0f}"]
+        cells = [name, str(len(results)), _spent(results)]
+        cells.append(f"{mean(r['pretrain']['pairs'] for r in results):,.0f}")
         cells.append(noted_gflop(_flops(earlier, name), results))
         for kind in ("dual", "banked", "reranked"):
             cells += [*(recalls(results, kind, way) for way in WAYS), rsum(results, kind)]
@@ -356,13 +355,19 @@ def report(
     print(f"\n{sum(map(len, runs.values()))} runs of {len(runs)} configurations.")
 
 
+def _spent(results: list[Result]) -> str:
+    """Minutes of CPU time; from the fastest to the slowest machine where there were several."""
+    minutes = sorted(round(r["pretrain"]["seconds"] / 60) for r in results)
+    return f"{minutes[0]}" if minutes[0] == minutes[-1] else f"{minutes[0]} to {minutes[-1]}"
+
+
 def _flops(earlier: bool, name: str) -> Path:
     """Operations of a pair do not depend on the budget; earlier presets had smaller pictures."""
     return RESULTS / ("flops-small" if earlier else "flops") / f"{name}.json"
 
 
 TITLES = [
-    *("row", "seeds", "pairs", "GFLOP a pair"),
+    *("row", "seeds", "minutes", "pairs", "GFLOP a pair"),
     *("dual: text to image R@1 / 5 / 10", "image to text R@1 / 5 / 10", "RSUM"),
     *("query bank: text to image", "image to text", "RSUM"),
     *("re-ranked: text to image", "image to text", "RSUM"),

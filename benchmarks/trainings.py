@@ -157,6 +157,7 @@ def _train(
             f"{kind}.validate_every={run.validate_every}",
             f"{kind}.validation_images={EVERY_IMAGE}",
             f"{kind}.clock=cpu",
+            f"{kind}.state_minutes=3",  # a piece that is killed loses no more
             *settings,
         ]
         command = [*words, "--output", str(folder)]

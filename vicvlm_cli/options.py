@@ -63,7 +63,9 @@ TextEncoder = Annotated[
     str | None, _option("Any transformers BERT by name or folder. [default: from scratch]")
 ]
 Epochs = Annotated[float | None, _option("Passes over the training split.")]
-MaxMinutes = Annotated[float | None, _option("Fit the whole schedule into this wall time.")]
+MaxMinutes = Annotated[
+    float | None, _option("End the schedule at this wall time, if not its epochs.")
+]
 PairBatch = Annotated[int | None, _option("Image-text pairs a process and step.")]
 ContrastBatch = Annotated[
     int | None,

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -166,9 +168,10 @@ def test_training_is_that_of_one_process_on_the_joint_batch(
     assert len(validation[0]) == len(validation[1]) == 2  # by the first process alone
 
 
-def launch(*words: str, state: Path) -> subprocess.Popen[str]:
+@contextmanager
+def launched(*words: str, state: Path) -> Iterator[subprocess.Popen[str]]:
     """`vicvlm WORDS` in two processes, as a user starts them."""
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [
             *(sys.executable, "-m", "torch.distributed.run"),  # which is torchrun
             *("--standalone", "--nproc_per_node", "2", "-m", "vicvlm_cli", *words),
@@ -178,16 +181,19 @@ def launch(*words: str, state: Path) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
     )
+    try:
+        yield process
+    finally:
+        process.terminate()  # and those that it has started
+        process.communicate()
 
 
 def test_the_command_that_users_type(one: Path, scenes: Path, tmp_path: Path) -> None:
     settings = [word for s in [*TINY, *SETTINGS] for word in ("--set", s)]
-    process = launch(
-        *("pretrain", "--target", "byol", "--data", str(scenes)),
-        *("--output", str(tmp_path / "run"), "--batch-size", "8", "--json", *settings),
-        state=tmp_path / "state.json",
-    )
-    out, said = process.communicate(timeout=600)
+    words = [*("pretrain", "--target", "byol", "--data", str(scenes)), *settings]
+    words += ["--output", str(tmp_path / "run"), "--batch-size", "8", "--json"]
+    with launched(*words, state=tmp_path / "state.json") as process:
+        out, said = process.communicate(timeout=600)
     assert process.returncode == 0, said
     result: dict[str, Any] = json.loads(out)  # one document, from one process
     assert result["steps"] == 12 and result["pairs"] == 192
@@ -199,26 +205,29 @@ def test_the_command_that_users_type(one: Path, scenes: Path, tmp_path: Path) ->
         assert mine["losses"] == pytest.approx(other["losses"], rel=2e-3)
 
 
-def test_two_processes_stop_at_one_step_and_go_on(scenes: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    settings = [word for s in [*TINY, *BARE, "pretrain.epochs=20"] for word in ("--set", s)]
-    words = ("--data", str(scenes), "--output", str(folder), "--batch-size", "8", *settings)
-    process = launch("pretrain", *words, state=tmp_path / "state.json")
-    try:
+@pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
+def test_two_processes_stop_at_one_step_and_go_on(
+    which: signal.Signals, scenes: Path, tmp_path: Path
+) -> None:
+    folder, steps = tmp_path / "run", 240
+    settings = [word for s in [*BARE, "pretrain.epochs=40"] for word in ("--set", s)]
+    words = ["pretrain", "--data", str(scenes), "--output", str(folder), "--batch-size", "8"]
+    words += [*settings, "--set", "data.workers=1"]
+    with launched(*words, state=tmp_path / "state.json") as process:
         while not (folder / "metrics.jsonl").exists() and process.poll() is None:
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(which)
         _, said = process.communicate(timeout=600)
-    finally:
-        process.kill()
     assert process.returncode != 0
     stopped = rows(folder)[-1]["step"]
     assert said.count(f"stopped at step {stopped}: --resume {folder} goes on") == 1, said
-    assert stopped % 10 == 0 and stopped < 120
-    words = ("pretrain", "--data", str(scenes), "--resume", str(folder))
-    process = launch(*words, state=tmp_path / "state.json")
-    _, said = process.communicate(timeout=600)
-    assert process.returncode == 0, said
-    assert f"resuming {folder} at step {stopped}" in said
-    assert [row["step"] for row in rows(folder)] == [*range(10, 121, 10)]
-    assert not (folder / "state").exists()
+    assert 10 <= stopped < steps
+    if which is signal.SIGINT:  # the state is the same
+        words = ["pretrain", "--data", str(scenes), "--resume", str(folder)]
+        with launched(*words, state=tmp_path / "state.json") as process:
+            _, said = process.communicate(timeout=600)
+        assert process.returncode == 0, said
+        assert f"resuming {folder} at step {stopped}" in said
+        seen = sorted({*range(10, steps + 1, 10), stopped})
+        assert [row["step"] for row in rows(folder)] == seen
+        assert not (folder / "state").exists()

@@ -6,6 +6,7 @@ process on the joint batch sees what several see together, and a run resumes at 
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -232,8 +233,15 @@ def batches(
         num_workers=workers,
         pin_memory=pin,
         prefetch_factor=AHEAD if workers else None,
+        worker_init_fn=_apart if workers else None,
     )
     return iter(loader)
+
+
+def _apart(_: int) -> None:
+    """Out of reach of signals to the process group of a training, which acts at a step's end."""
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
 
 
 def _ahead(rows: Rows, sampler: Iterator[np.ndarray], pin: bool) -> Iterator[Batch]:

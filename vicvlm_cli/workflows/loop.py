@@ -134,6 +134,13 @@ def run_loop(
         """The first process's value; clocks differ, and what follows needs them all."""
         return broadcast_object_list([value])[0]
 
+    def anyone(value: bool) -> bool:
+        """Whether one process at least says so."""
+        if accelerator.num_processes == 1:
+            return value
+        one = torch.tensor(float(value), device=accelerator.device)
+        return bool(accelerator.reduce(one, "sum") > 0)
+
     def done() -> float:
         """Share of the run that is over; the same on every process."""
         share = position.step / steps
@@ -236,11 +243,17 @@ def run_loop(
                     views = None
                 due = config.validate_every > 0 and position.step % checks == 0
                 logging = position.step % LOG_STEPS == 0
-                saving = logging and agreed(now - last_state > 60 * config.state_minutes)
+                over = share >= 1
+                # At the end too, for what follows takes minutes.
+                interval = min(config.state_minutes, 1.0) if over else config.state_minutes
+                saving = (logging or over) and agreed(now - last_state > 60 * interval)
                 # Several processes must stop at one step, and agree where they wait anyhow.
-                stop = (logging or accelerator.num_processes == 1) and agreed(stopping.asked)
+                waiting = (
+                    logging or over or config.max_minutes > 0 or accelerator.device.type == "cpu"
+                )
+                stop = waiting and anyone(stopping.asked)
                 # Before anything is kept, so that weights of a loss that is not finite never are.
-                if logging or due or stop or share >= 1:
+                if logging or due or stop or over:
                     with part("log"):
                         means = metrics.flush(
                             step=position.step,
@@ -258,7 +271,7 @@ def run_loop(
                     last_flush, pairs_flushed = now, position.pairs
                     shown = "  ".join(f"{k} {v:.3f}" for k, v in means.items())
                     bar.describe(f"epoch {micro / plan.batches:.1f}  {shown}")
-                if due and share < 1:
+                if due and not over:
                     before = clock()
                     with part("validation"):
                         validate()
@@ -266,7 +279,7 @@ def run_loop(
                     last_flush += clock() - before
                     if config.clock == "cpu":  # what is compared is training alone
                         began += clock() - before
-                if stop or (saving and share < 1):
+                if stop or saving:
                     position.losses = metrics.history
                     with part("state"):
                         save_state()
@@ -275,6 +288,6 @@ def run_loop(
                 if stop:
                     progress.say(f"stopped at step {position.step}: --resume {folder} goes on")
                     raise KeyboardInterrupt
-                if share >= 1:
+                if over:
                     break
     position.losses = metrics.history

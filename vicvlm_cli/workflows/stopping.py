@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Seconds in which a signal that comes again is the same one: a scheduler tells all processes, and
+# the launcher tells its own once more.
+SAME = 2.0
 
 
 class StopAtStep:
-    """Turns either signal into a wish to stop at the end of a step, so that the state can be saved.
-
-    Of several processes each is told by the launcher; the first one's ``asked`` decides.
-    """
+    """Makes either signal a wish to stop at the end of a step, where the state can be saved."""
 
     def __init__(self) -> None:
         self.asked = False
+        self._since = 0.0
 
     def __enter__(self) -> None:
         self._before = {}
@@ -27,6 +29,8 @@ class StopAtStep:
             signal.signal(which, handler)
 
     def _ask(self, *_: object) -> None:
-        if self.asked:  # the second time is meant
+        now = time.monotonic()
+        if self.asked and now - self._since > SAME:  # the second time is meant
             raise KeyboardInterrupt
-        self.asked = True
+        if not self.asked:
+            self.asked, self._since = True, now
