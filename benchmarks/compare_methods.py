@@ -145,7 +145,7 @@ def report(
     out: Annotated[Path, typer.Argument(help="Folder of the finished runs.")],
     plot: Annotated[Path | None, typer.Option(help="Draw recall against time and pairs.")] = None,
     flops: Annotated[
-        Path | None, typer.Option(help="Folder of operations. [default: flops]")
+        Path | None, typer.Option(help="Folder of operations. [default: OUT/flops]")
     ] = None,
 ) -> None:
     """Tables in Markdown: final figures, their cost, recall at equal time and at equal pairs."""

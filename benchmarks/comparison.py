@@ -74,6 +74,23 @@ def rsum(results: list[Result], kind: str) -> str:
     return spread([sum(t[way][k] for way in WAYS for k in KS) for t in tables])
 
 
+def difference_table(first: list[Result], second: list[Result]) -> str:
+    """Means of ``first`` less those of ``second``, two runs or more each, with standard errors."""
+    rows = []
+    for kind in ("dual", "banked"):
+        tables = [[r["evaluate"].get(kind) for r in results] for results in (first, second)]
+        if not all(map(all, tables)):
+            continue
+        for way in WAYS:
+            cells = [f"{kind}, {way.replace('_', ' ')}"]
+            for ks in (*((k,) for k in KS), KS):
+                values = [[sum(t[way][k] for k in ks) for t in each] for each in tables]
+                error = math.hypot(*(stdev(v) / math.sqrt(len(v)) for v in values))
+                cells.append(f"{mean(values[0]) - mean(values[1]):.1f} ± {error:.1f}")
+            rows.append(cells)
+    return table(["difference of means", "R@1", "R@5", "R@10", "sum of the three"], rows)
+
+
 def noted_gflop(file: Path, results: list[Result]) -> str:
     """What :func:`flops.note_gflop` kept in ``file``, for the pairs of ``results``; a dash if none.
 
