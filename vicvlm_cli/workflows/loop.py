@@ -248,9 +248,8 @@ def run_loop(
                 interval = min(config.state_minutes, 1.0) if over else config.state_minutes
                 saving = (logging or over) and agreed(now - last_state > 60 * interval)
                 # Several processes must stop at one step, and agree where they wait anyhow.
-                waiting = (
-                    logging or over or config.max_minutes > 0 or accelerator.device.type == "cpu"
-                )
+                waiting = logging or over or config.max_minutes > 0
+                waiting |= accelerator.num_processes == 1 or accelerator.device.type == "cpu"
                 stop = waiting and anyone(stopping.asked)
                 # Before anything is kept, so that weights of a loss that is not finite never are.
                 if logging or due or stop or over:

@@ -30,7 +30,7 @@ class StopAtStep:
 
     def _ask(self, *_: object) -> None:
         now = time.monotonic()
-        if self.asked and now - self._since > SAME:  # the second time is meant
-            raise KeyboardInterrupt
         if not self.asked:
             self.asked, self._since = True, now
+        elif now - self._since > SAME:  # the second time is meant
+            raise KeyboardInterrupt
