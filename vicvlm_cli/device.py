@@ -45,7 +45,7 @@ def _cpu_has_bf16() -> bool:
     except OSError:
         return False
     # Intel's AVX512-BF16 without AMX, as on virtual machines that hide it, multiplies no faster
-    # than float32, and a training step takes nearly twice as long.
+    # than float32, and a training step takes half as long again (docs/performance.md).
     return "amx_bf16" in flags or ("avx512_bf16" in flags and "AuthenticAMD" in flags)
 
 
