@@ -83,7 +83,10 @@ def run(
     base: Annotated[
         str, typer.Option(help=f"Lay rows over an earlier preset: {', '.join(BASES)}.")
     ] = "",
-    jobs: Annotated[int, typer.Option(help="Runs side by side, a core each.")] = 2,
+    jobs: Annotated[int, typer.Option(help="Runs side by side.")] = 2,
+    threads: Annotated[
+        int, typer.Option(help="Cores a run, for what leaves no memory to one beside it.")
+    ] = 1,
     piece: Annotated[float, typer.Option(help="Minutes of this call; 0: to the end.")] = 0.0,
 ) -> None:
     """Train and measure what has not been measured yet."""
@@ -123,6 +126,7 @@ def run(
                 minutes=minutes,
                 tune=0.0,
                 validate_every=VALIDATE_EVERY.get(name, 4.0),
+                threads=threads,
                 pretrain=chosen,
                 options=("--preset", PRESET, "--image-weights", str(weights)),
             )

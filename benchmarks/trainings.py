@@ -2,9 +2,9 @@
 
 A run is a `vicvlm pretrain`, perhaps a `finetune`, and an `evaluate`, in processes of their own, in
 one folder. What has been done is not done again, and a piece that is over is stopped as by Ctrl-C,
-so that the next one resumes it. Trainings are measured by their own CPU time on one thread, and
-several run side by side: a run on a busy machine is that of a quiet one. Of another kind of machine
-it is not: what one core does in a minute differs by twice and more.
+so that the next one resumes it. Trainings are measured by their own CPU time, on one thread each
+where memory has room for several of them: a run on a busy machine is that of a quiet one. Of
+another kind of machine it is not: what one core does in a minute differs by twice and more.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ EVERY_IMAGE = 10**6  # validate on all there are
 class Run:
     """One row: its settings (`--set`), its minutes of CPU time, and what it is measured on.
 
-    ``tune`` is 0 where pretraining is all.
+    ``tune`` is 0 where pretraining is all. The minutes are those of all ``threads`` together.
     """
 
     name: str
@@ -46,6 +46,7 @@ class Run:
     split: str = "val"
     top_k: int = 32
     validate_every: float = 2.0  # epochs
+    threads: int = 1
 
     @property
     def key(self) -> str:
@@ -111,7 +112,8 @@ def _measured(run: Run, trained: dict[str, Any], checkpoint: Path, folder: Path)
         half = supports_bf16(best_device())
         return best | {"precision": "bfloat16" if half else "float32"}
     words = ["evaluate", str(checkpoint), "--data", str(run.data), "--split", run.split]
-    code, text, peak = vicvlm([*words, "--top-k", str(run.top_k), "--json"], folder, None)
+    words += ["--top-k", str(run.top_k), "--json"]
+    code, text, peak = vicvlm(words, folder, None, run.threads)
     if code:
         raise SystemExit(f"{run.key} failed; {folder / 'log.txt'} says why")
     tables: dict[str, Any] = json.loads(text)
@@ -153,7 +155,7 @@ def _train(
         wanted = [
             f"{kind}.seed={run.seed}",
             f"{kind}.epochs={MANY_EPOCHS}",
-            f"{kind}.max_minutes={minutes}",
+            f"{kind}.max_minutes={minutes / run.threads}",
             f"{kind}.validate_every={run.validate_every}",
             f"{kind}.validation_images={EVERY_IMAGE}",
             f"{kind}.clock=cpu",
@@ -168,7 +170,7 @@ def _train(
         elif folder.exists():  # ended before there was anything to go on from
             for leftover in folder.iterdir():
                 leftover.unlink()
-        code, _, peak = vicvlm(command, folder.parent, until)
+        code, _, peak = vicvlm(command, folder.parent, until, run.threads)
         known["peak_mb"] = max(known["peak_mb"], peak)
         write_whole(note, known)
         if not result.exists():
@@ -176,7 +178,9 @@ def _train(
                 raise SystemExit(f"{run.key} failed; {folder.parent / 'log.txt'} says why")
             raise Unfinished
     trained: dict[str, Any] = json.loads(result.read_text("utf-8"))
-    return trained | known | {"frozen_pairs": _frozen_pairs(folder)}
+    trained["seconds"] *= run.threads  # of one core, as of every other row
+    trained["pairs_per_second"] /= run.threads
+    return trained | known | {"frozen_pairs": _frozen_pairs(folder), "threads": run.threads}
 
 
 def _frozen_pairs(folder: Path) -> int:
@@ -186,14 +190,16 @@ def _frozen_pairs(folder: Path) -> int:
     return max(seen, default=0)
 
 
-def vicvlm(words: list[str], folder: Path, until: float | None) -> tuple[int, str, int]:
+def vicvlm(
+    words: list[str], folder: Path, until: float | None, threads: int = 1
+) -> tuple[int, str, int]:
     """Exit code, what was printed, and the peak memory in MB; interrupted at ``until``."""
     # A benchmark leaves alone what the user's own commands remember.
     with tempfile.TemporaryDirectory() as state, open(folder / "log.txt", "a") as log:
         environment = {
             **os.environ,
             "VICVLM_STATE": str(Path(state) / "state.json"),
-            "OMP_NUM_THREADS": "1",
+            "OMP_NUM_THREADS": str(threads),
             "HF_HUB_OFFLINE": "1",
         }
         process = subprocess.Popen(
