@@ -39,6 +39,23 @@ def test_contrast_is_itc_on_scaled_cosines() -> None:
     assert model.logit_scale.grad is not None and float(model.logit_scale.grad) != 0
 
 
+@torch.no_grad()
+def test_half_precision_does_not_blunt_the_contrast() -> None:
+    model, batch = make_model(), make_batch()
+    image, text = encode(model, batch)
+    # Every pair at a cosine of 1, all others just below: logits of 100 and of 99.5 to 99.9.
+    close = torch.nn.functional.normalize(image.features * 0.03 + image.features[:1], dim=-1)
+    image, text = image._replace(features=close), text._replace(features=close)
+    model.logit_scale.fill_(math.log(100))
+    plain = contrast(model, image, text, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = contrast(model, image, text, batch)
+        covariance = losses.covariance(image.features)
+    torch.testing.assert_close(half.loss, plain.loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(half.similarity, plain.similarity, rtol=1e-6, atol=0)
+    torch.testing.assert_close(covariance, losses.covariance(image.features), rtol=1e-6, atol=0)
+
+
 def test_contrast_takes_further_captions_in() -> None:
     model, batch = make_model(), make_batch(4)
     batch.image_id[2] = batch.image_id[0]

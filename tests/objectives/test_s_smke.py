@@ -112,7 +112,7 @@ def test_the_bank_is_of_earlier_steps_and_of_training_only(weights: str) -> None
 
     def candidates() -> float:
         _, trivial = objective(batch, Noise(0, 0, CPU), BOTH)
-        return round(math.exp(float(trivial["kd"]) / 2))
+        return round(math.exp(float(trivial["kd"])))
 
     # Two batches of six in the first step: with accumulated gradients both see the same.
     assert candidates() == candidates() == 6
@@ -135,7 +135,7 @@ def test_a_picture_is_not_compared_with_its_own_earlier_self(weights: str) -> No
     objective.bank.push(objective.teacher(batch.image), batch.image_id)
     assert kd() == 0
     objective.bank.push(objective.teacher(batch.image), batch.image_id + 100)
-    assert kd() == pytest.approx(2 * math.log(2), rel=1e-4)  # the same, under another name
+    assert kd() == pytest.approx(math.log(2), rel=1e-4)  # the same, under another name
 
 
 def test_what_is_refused(weights: str, tmp_path: Path) -> None:

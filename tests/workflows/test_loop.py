@@ -50,6 +50,20 @@ def test_what_thaws_warms_up_from_there() -> None:
     assert lr_factor(0.1, config) == 1 and lr_factor(1, config) == pytest.approx(0.05)
 
 
+def test_the_warm_up_has_a_least_number_of_steps() -> None:
+    config = TrainConfig(warmup=0.1, warmup_steps=20, final_lr=1.0)
+    # A long run: the share of it takes more steps than that.
+    assert lr_factor(0.05, config, step=500) == pytest.approx(0.5)
+    # A run of 100 steps: its tenth is over after 10.
+    assert lr_factor(0.10, config, step=9) == pytest.approx(0.5)
+    assert lr_factor(0.19, config, step=19) == pytest.approx(1.0)
+    # A run of 30: a third of it, not two.
+    assert lr_factor(1 / 6, config, step=5) == pytest.approx(0.5)
+    assert lr_factor(1 / 3, config, step=10) == pytest.approx(1.0)
+    # What thaws late warms up by the share alone.
+    assert lr_factor(0.45, config, begins=0.4, step=45) == pytest.approx(0.5)
+
+
 def test_steps_are_those_of_all_epochs() -> None:
     plan = Plan(tuple([1] * 50), "one", 8, 0)  # six batches an epoch
     assert total_steps(plan, TrainConfig(epochs=3)) == 18

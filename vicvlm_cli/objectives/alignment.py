@@ -13,7 +13,7 @@ from vicvlm_cli.data.batches import Batch
 from vicvlm_cli.errors import UsageError
 from vicvlm_cli.model.vlm import VLM, Encoded, RetrievalModel
 from vicvlm_cli.objectives import losses
-from vicvlm_cli.objectives.cached import Cached
+from vicvlm_cli.objectives.cached import Cached, in_float32
 from vicvlm_cli.objectives.negatives import hard_negatives
 from vicvlm_cli.objectives.ranks import Noise, gather, gather_padded, rank, world_size
 
@@ -45,10 +45,11 @@ def contrast(
     of this one.
     """
     rows = contrasted_rows(model, image, text, batch)
-    here = info_nce(model.logit_scale, *(gather(x) for x in rows))
+    of_rows = partial(info_nce, model.logit_scale)
+    here: Contrast = in_float32(of_rows, *(gather(x) for x in rows))
     if cached is None:
         return here
-    loss, trivial = cached(partial(info_nce, model.logit_scale), *rows)
+    loss, trivial = cached(of_rows, *rows)
     return here._replace(loss=loss, trivial=trivial)
 
 

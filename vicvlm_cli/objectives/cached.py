@@ -99,5 +99,15 @@ def over_step(loss: RowLoss, *rows: Tensor, cached: Cached = None) -> tuple[Tens
     """
     if cached is not None:
         return cached(loss, *rows)
-    value, trivial = loss(*(gather(x) for x in rows))[:2]
+    value, trivial = in_float32(loss, *(gather(x) for x in rows))[:2]
     return value, trivial
+
+
+def in_float32(loss: RowLoss, *rows: Tensor) -> Any:
+    """``loss`` of ``rows`` without autocast.
+
+    Logits at a low temperature are tens: bfloat16 tells them apart by an eighth or a quarter, which
+    is as much as a small contrastive loss has left to learn from.
+    """
+    with torch.autocast(rows[0].device.type, enabled=False):
+        return loss(*rows)

@@ -151,7 +151,8 @@ def covariance_of_copies(z: Tensor) -> Tensor:
 
 def _covariance_matrix(z: Tensor) -> Tensor:
     z = z.float() - z.float().mean(dim=0)
-    return z.T @ z / max(len(z) - 1, 1)
+    with torch.autocast(z.device.type, enabled=False):
+        return z.T @ z / max(len(z) - 1, 1)
 
 
 def invariance(a: Tensor, b: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from vicvlm_cli.errors import UsageError, UserError
 from vicvlm_cli.model.vlm import VLM, Encoded
 from vicvlm_cli.objectives import losses
 from vicvlm_cli.objectives.alignment import clamp_temperature, contrasted_rows, info_nce
-from vicvlm_cli.objectives.cached import Cached, over_step
+from vicvlm_cli.objectives.cached import Cached, in_float32, over_step
 from vicvlm_cli.objectives.queue import FeatureQueue
 from vicvlm_cli.objectives.ranks import Noise, gather
 from vicvlm_cli.objectives.retrieval import Losses
@@ -177,11 +177,14 @@ class SSMKE(nn.Module):
         total = taught.new_zeros(())
         for encoded in (image, text):
             student = F.normalize(gather(self.kd_head(encoded.tokens[:, 0]).float()), dim=-1)
-            logits = self.kd_scale.exp() * student @ candidates.T
-            total = total + losses.kd(logits, image_id, ids)
+            total = total + in_float32(self._kd, student, candidates, image_id, ids) / 2
         if self.training:
             self._pending.append((taught, image_id))
-        return total, torch.tensor(2 * math.log(len(candidates)))
+        return total, torch.tensor(math.log(len(candidates)))
+
+    def _kd(self, student: Tensor, candidates: Tensor, image_id: Tensor, ids: Tensor) -> Tensor:
+        logits = self.kd_scale.exp() * student @ candidates.T  # [G, G + K]
+        return losses.kd(logits, image_id, ids)
 
     @torch.no_grad()
     def after_step(self) -> None:

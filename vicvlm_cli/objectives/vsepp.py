@@ -22,7 +22,9 @@ class VSEPP(nn.Module):
     """Triplet loss with the hardest in-batch negative (VSE++, arXiv 1707.05612, eq. 6).
 
     From scratch the hardest negatives alone hold all features at one point for long, so the first
-    ``mean_steps`` steps take the mean over all negatives that break the margin (VSE0, eq. 5).
+    ``mean_steps`` steps take the mean over all negatives that break the margin (VSE0, eq. 5). So
+    does a later step whose hardest negatives cost as much as one point for all features would:
+    there the shortest way down is to that point.
     """
 
     LOSSES = ("hinge",)
@@ -39,7 +41,10 @@ class VSEPP(nn.Module):
 
     @dataclass(frozen=True)
     class Config:
-        """``margin`` in cosine; ``mean_steps``: optimiser steps before the hardest alone count."""
+        """``margin`` in cosine; ``mean_steps``: optimiser steps before the hardest alone count.
+
+        With 0 they do so always, as in the paper.
+        """
 
         margin: float = 0.2
         mean_steps: int = 100
@@ -70,9 +75,15 @@ class VSEPP(nn.Module):
 
     def hinge(self, similarity: Tensor, image_id: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of [G, G] similarities, pictures in rows, and what equal ones would give."""
-        hardest = int(self.steps) >= self.config.mean_steps
-        margin = self.config.margin
-        return losses.hinge(similarity, image_id, margin, hardest), torch.tensor(2 * margin)
+        margin, mean_steps = self.config.margin, self.config.mean_steps
+        trivial = torch.tensor(2 * margin)
+        if int(self.steps) < mean_steps:
+            return losses.hinge(similarity, image_id, margin, hardest=False), trivial
+        hardest = losses.hinge(similarity, image_id, margin, hardest=True)
+        if mean_steps == 0:
+            return hardest, trivial
+        mean = losses.hinge(similarity, image_id, margin, hardest=False)
+        return torch.where(hardest < 2 * margin, hardest, mean), trivial
 
     def after_step(self) -> None:
         """Count; once an optimiser step."""

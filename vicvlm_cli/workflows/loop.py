@@ -34,6 +34,7 @@ from vicvlm_cli.workflows.views import Views, drop_views, make_views
 T = TypeVar("T")
 # Never decayed: they are few, and their size means something (biases, norms, embeddings, scale).
 NO_DECAY = ("embed", "bias", "norm", "token", "logit_scale")
+LONGEST_WARMUP = 1 / 3  # of a run, where it is by steps
 
 
 def parameter_groups(objective: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
@@ -60,13 +61,18 @@ def parameter_groups(objective: nn.Module, config: TrainConfig) -> list[dict[str
     ]
 
 
-def lr_factor(progress: float, config: TrainConfig, begins: float = 0.0) -> float:
+def lr_factor(
+    progress: float, config: TrainConfig, begins: float = 0.0, step: float = math.inf
+) -> float:
     """Share of the peak rate: linear warm-up, then a cosine down to ``final_lr``.
 
-    What ``begins`` to train at a share of the run warms up from there.
+    What ``begins`` to train at a share of the run warms up from there. In the first
+    ``warmup_steps`` the run's ``step`` bounds the rate too, but not past a third of the run.
     """
     since = max(progress - begins, 0.0)
     warm = max(since / config.warmup, 1e-3) if since < config.warmup else 1.0
+    if step + 1 < config.warmup_steps:
+        warm = min(warm, max((step + 1) / config.warmup_steps, progress / LONGEST_WARMUP))
     rest = max(progress - config.warmup, 0.0) / max(1 - config.warmup, 1e-9)
     cosine = (1 + math.cos(math.pi * min(rest, 1))) / 2
     return warm * (config.final_lr + (1 - config.final_lr) * cosine)
@@ -220,7 +226,8 @@ def run_loop(
                         if accelerator.sync_gradients:
                             accelerator.clip_grad_norm_(parameters, config.grad_clip)
                             for group in optimizer.param_groups:
-                                factor = lr_factor(share, config, frozen.begins(group))
+                                begins = frozen.begins(group)
+                                factor = lr_factor(share, config, begins, position.step)
                                 group["lr"] = group["peak_lr"] * factor
                         optimizer.step()
                         optimizer.zero_grad()
@@ -261,7 +268,7 @@ def run_loop(
                             seconds=round(position.seconds, 3),
                             pairs=position.pairs,
                             frozen_blocks=model.image_encoder.frozen,
-                            lr=config.lr * lr_factor(share, config),
+                            lr=config.lr * lr_factor(share, config, step=position.step),
                             pairs_per_second=round(
                                 (position.pairs - pairs_flushed) / (now - last_flush), 1
                             ),
