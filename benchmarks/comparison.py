@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterable
@@ -12,7 +13,7 @@ from typing import Any
 Result = dict[str, Any]
 WAYS = ("image_retrieval", "text_retrieval")
 KS = ("r1", "r5", "r10")
-SHARES = (0.25, 0.5, 1.0)  # of the time or the pairs that all runs have had
+SHARES = (0.25, 0.5, 1.0)  # of the time
 
 
 def read_runs(folder: Path, order: Iterable[str]) -> dict[str, list[Result]]:
@@ -106,16 +107,36 @@ def noted_gflop(file: Path, results: list[Result]) -> str:
     return f"{whole + frozen * (costs.get('frozen', whole) - whole):.3g}"
 
 
-def shared_table(runs: dict[str, list[Result]], against: str) -> str:
-    """Recall at equal ``time``, or at equal ``pairs``: shares of what every run has had."""
-    shared = min(curve(run, against)[-1][0] for results in runs.values() for run in results)
-    places = [share * shared for share in SHARES]
-    unit = "% of the time" if against == "time" else "pairs"
+def time_table(runs: dict[str, list[Result]]) -> str:
+    """Mean of both R@1 after shares of the time; a dash where a run was not validated by then."""
+    titles = [f"after {100 * share:.0f} % of the time" for share in SHARES]
     rows = [
-        [name, *(spread([at(run, against, place) for run in results]) for place in places)]
+        [name, *(_means([at(run, "time", 100 * share) for run in results]) for share in SHARES)]
         for name, results in runs.items()
     ]
-    return table(["method", *(f"after {place:,.0f} {unit}" for place in places)], rows)
+    return table(["method", *titles], rows)
+
+
+def pairs_table(runs: dict[str, list[Result]]) -> str:
+    """Each method at the end of its run, beside ITC alone when that had seen as many pairs.
+
+    A dash where ITC had not been validated by then. It is in the middle of its schedule there.
+    """
+    control = runs["itc"]
+    rows = []
+    for name, results in runs.items():
+        if name == "itc":
+            continue
+        ends = [curve(run, "pairs")[-1] for run in results]
+        pairs = mean(place for place, _ in ends)
+        then = _means([at(run, "pairs", pairs) for run in control])
+        rows.append([name, f"{pairs:,.0f}", spread([value for _, value in ends]), then])
+    return table(["method", "pairs", "at its end", "ITC alone after as many"], rows)
+
+
+def _means(values: list[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return spread(known) if len(known) == len(values) else "-"
 
 
 def table(titles: list[str], rows: list[list[str]]) -> str:
@@ -152,10 +173,12 @@ def curve(run: Result, against: str) -> list[tuple[float, float]]:
     return points
 
 
-def at(run: Result, against: str, place: float) -> float:
-    """The curve of a run at ``place``, on a straight line between two validations."""
-    points = [(0.0, 0.0), *curve(run, against)]
-    for (x, y), (x1, y1) in zip(points, points[1:], strict=False):
+def at(run: Result, against: str, place: float) -> float | None:
+    """The curve of a run at ``place``, between two validations; None before the first."""
+    points = curve(run, against)
+    if place < points[0][0]:
+        return None
+    for (x, y), (x1, y1) in itertools.pairwise(points):
         if place <= x1:
             return y + (y1 - y) * (place - x) / max(x1 - x, 1e-9)
     return points[-1][1]

@@ -127,6 +127,7 @@ def run(
                 tune=0.0,
                 validate_every=VALIDATE_EVERY.get(name, 4.0),
                 threads=threads,
+                all_pairs=name in METHODS and METHODS[name].all_pairs,
                 pretrain=chosen,
                 options=("--preset", PRESET, "--image-weights", str(weights)),
             )

@@ -47,6 +47,7 @@ class Run:
     top_k: int = 32
     validate_every: float = 2.0  # epochs
     threads: int = 1
+    all_pairs: bool = False  # score them all at the end, not those of a shortlist
 
     @property
     def key(self) -> str:
@@ -112,8 +113,8 @@ def _measured(run: Run, trained: dict[str, Any], checkpoint: Path, folder: Path)
         half = supports_bf16(best_device())
         return best | {"precision": "bfloat16" if half else "float32"}
     words = ["evaluate", str(checkpoint), "--data", str(run.data), "--split", run.split]
-    words += ["--top-k", str(run.top_k), "--json"]
-    code, text, peak = vicvlm(words, folder, None, run.threads)
+    words += ["--all-pairs"] if run.all_pairs else ["--top-k", str(run.top_k)]
+    code, text, peak = vicvlm([*words, "--json"], folder, None, run.threads)
     if code:
         raise SystemExit(f"{run.key} failed; {folder / 'log.txt'} says why")
     tables: dict[str, Any] = json.loads(text)

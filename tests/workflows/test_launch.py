@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from accelerate import Accelerator
 from tiny_training import QUIET, TINY, equal, run, weights
 
 from vicvlm_cli.errors import UsageError, UserError
-from vicvlm_cli.workflows.launch import join
+from vicvlm_cli.settings import DataConfig
+from vicvlm_cli.workflows.launch import join, with_workers
 from vicvlm_cli.workflows.train import TrainResult, pretrain
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -54,3 +59,19 @@ def test_a_launch_that_got_fewer_processes_than_asked_says_so(
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="2 processes were launched and 1 came together"):
         join()
+
+
+@pytest.mark.parametrize(("free", "workers"), [(64, 0), (2 * 2 * 3 * 19 + 1, 3), (10**5, 7)])
+def test_loader_processes_fit_into_shared_memory(
+    free: int, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free << 20))
+    monkeypatch.setattr("vicvlm_cli.workflows.launch.SHARED_MEMORY", Path())
+    accelerator: Any = SimpleNamespace(num_processes=2, device=SimpleNamespace(type="cuda"))
+    # 25 pictures of 252 pixels, four batches ahead: 18.2 MiB a loader process.
+    data = with_workers(DataConfig(crop_scale=0.5), accelerator, 224, 25)
+    assert data.workers == workers
+    assert with_workers(DataConfig(workers=5), accelerator, 224, 25).workers == 5
+    accelerator.device.type = "cpu"
+    assert with_workers(DataConfig(), accelerator, 224, 25).workers == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -201,6 +202,12 @@ def test_what_cannot_be_resumed(pretrained: TrainResult, scenes: Path, tmp_path:
         pretrain(other.path, resume=stopped, progress=QUIET)
     with pytest.raises(UserError, match="already holds a run.*--resume"):
         run(scenes, stopped)
+    told = stopped / "state" / "run.json"
+    description = json.loads(told.read_text())
+    told.write_text(json.dumps(description | {"num_processes": 4}))
+    with pytest.raises(UserError, match="of 4 processes and cannot go on with 1: .*processes 4 -m"):
+        pretrain(scenes, resume=stopped, progress=QUIET)
+    told.write_text(json.dumps(description))
     file = stopped / "state" / "model.safetensors"  # as an earlier version may have left it
     state = load_file(file)
     save_file({k: v for k, v in state.items() if "mlm_head" not in k}, file)

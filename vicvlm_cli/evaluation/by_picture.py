@@ -100,7 +100,8 @@ def match_by_picture(
 
 def _begun(fusion: CrossAttentionFusion, texts: TokenBank) -> TokenBank:
     """All captions through what no picture takes part in."""
-    begun = TokenBank(len(texts.lengths), texts.device, texts.dtype)
+    most = int(texts.lengths.sum())
+    begun = TokenBank(len(texts.lengths), texts.device, texts.dtype, most)
     for index in texts.lengths.argsort(stable=True).split(TEXT_BATCH):
         words, mask = texts.gather(index)
         assert mask is not None

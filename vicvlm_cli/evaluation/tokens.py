@@ -24,11 +24,12 @@ class TokenBank:
     """Token features of n items without their padding, to gather for any batch of pairs.
 
     On a GPU they stay there while they fit into a third of what is free, else in main memory.
-    Memory: the real tokens of n items in `dtype`, nothing that grows with pairs.
+    Memory: the real tokens of n items in `dtype`, nothing that grows with pairs. `most`: how many
+    tokens all items have together at most, where they have masks.
     """
 
-    def __init__(self, count: int, device: torch.device, dtype: torch.dtype) -> None:
-        self.device, self.dtype = device, dtype
+    def __init__(self, count: int, device: torch.device, dtype: torch.dtype, most: int = 0) -> None:
+        self.device, self.dtype, self._most = device, dtype, most
         self.lengths = torch.zeros(count, dtype=torch.long)
         self._starts = torch.zeros(count, dtype=torch.long)
         self._chunks: list[Tensor] = []
@@ -40,7 +41,8 @@ class TokenBank:
         """Stores tokens [B, L, D] at mask [B, L] as the items `index` [B]; each item once."""
         self._masked = mask is not None
         if not self._chunks:
-            needed = tokens[0].numel() * self.dtype.itemsize * len(self.lengths)
+            number = tokens.shape[1] * len(self.lengths) if mask is None else self._most
+            needed = number * tokens.shape[2] * self.dtype.itemsize
             if self.device.type == "cuda":
                 fits = needed < torch.cuda.mem_get_info(self.device)[0] / 3
                 self._home = self.device if fits else torch.device("cpu")
@@ -113,7 +115,8 @@ def encode_split(
     image, text = torch.empty(count, dim), torch.empty(len(texts), dim)
     dtype = autocast_dtype(device, precision) or torch.float32
     image_tokens = TokenBank(count, device, dtype) if keep_tokens else None
-    text_tokens = TokenBank(len(texts), device, dtype) if keep_tokens else None
+    most = len(texts) * vlm.config.max_tokens
+    text_tokens = TokenBank(len(texts), device, dtype, most) if keep_tokens else None
     with progress.bar("encoding pictures", count, "images") as bar:
         for batch in encode_image_batches(
             vlm,

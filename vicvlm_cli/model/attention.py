@@ -129,6 +129,7 @@ def cross_encode(
     mask: Tensor | None,
     contexts: Sequence[Context],
     context_mask: Tensor | None,
+    wanted: Tensor | None = None,
 ) -> Tensor:
     """Tokens [B, N, D] that attend to each other and then to another modality, in each layer.
 
@@ -136,11 +137,18 @@ def cross_encode(
         mask: bool [B, N], True at real tokens; None: all are.
         contexts: what each layer makes of the other modality, as of :func:`contexts_of`.
         context_mask: bool [B, M].
+        wanted: as of :func:`encode`.
+
+    Returns:
+        [B, N or W, D].
     """
     own = None if mask is None else mask[:, None, None, :]
     other = None if context_mask is None else context_mask[:, None, None, :]
-    for layer, context in zip(layers, contexts, strict=True):
-        tokens = attend(layer.attention, tokens, context_of(layer.attention, tokens), own)
+    for number, (layer, context) in enumerate(zip(layers, contexts, strict=True), 1):
+        keys = context_of(layer.attention, tokens)
+        if wanted is not None and number == len(layers):
+            tokens = take(tokens, wanted)
+        tokens = attend(layer.attention, tokens, keys, own)
         tokens = attend(layer.crossattention, tokens, context, other)
         tokens = feed_forward(layer, tokens)
     return tokens

@@ -97,14 +97,21 @@ class CrossAttentionLayers(nn.Module):
         self.encoder: Any = _bert(config, layers, 0, cross_attention=True).encoder
 
     def forward(
-        self, tokens: Tensor, mask: Tensor | None, context: Tensor, context_mask: Tensor | None
+        self,
+        tokens: Tensor,
+        mask: Tensor | None,
+        context: Tensor,
+        context_mask: Tensor | None,
+        wanted: Tensor | None = None,
     ) -> Tensor:
         """Tokens [B, N, D], context [B, M, D] and bool masks (True = real, None: all) to [B, N, D].
 
-        The context goes to all layers as it is.
+        The context goes to all layers as it is. ``wanted``: long [W] or [B, W], the tokens whose
+        outputs are read, [B, W, D]; None: all.
         """
         tokens, layers = self.dropout(self.norm(tokens)), self.encoder.layer
-        return cross_encode(layers, tokens, mask, contexts_of(layers, context), context_mask)
+        contexts = contexts_of(layers, context)
+        return cross_encode(layers, tokens, mask, contexts, context_mask, wanted)
 
 
 class ConcatFusion(nn.Module):
@@ -237,12 +244,17 @@ class CoAttentionFusion(nn.Module):
         if of is not None:
             patches = patches.index_select(0, of)
             image_mask = None if image_mask is None else image_mask[of]
-        seen = self.image_stream(patches, image_mask, text, text_mask)
+        if want == "all" or (want == "image" and at is None):
+            seen = image = self.image_stream(patches, image_mask, text, text_mask)
+        else:  # the class token at 0, and before what else is read
+            more = at if want == "image" and at is not None else patches.new_zeros(len(text), 0)
+            wanted = F.pad(more.long(), (1, 0))
+            seen = self.image_stream(patches, image_mask, text, text_mask, wanted)
+            image = seen[:, 1:]
         pooled = self.pool(torch.cat([seen[:, 0], words[:, 0]], dim=1))
-        if at is not None:
-            words = take(words, at) if want == "text" else words
-            seen = take(seen, at) if want == "image" else seen
-        return Fused(pooled=pooled, text=words, image=seen)
+        if want == "text" and at is not None:
+            words = take(words, at)
+        return Fused(pooled=pooled, text=words, image=image)
 
 
 FUSIONS = {

@@ -124,6 +124,9 @@ class SingleStream(RetrievalModel):
     def _alone(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
         """One modality through the transformer, pooled to [B, D]; no gradient comes back."""
         out = self._transform(tokens, mask)
+        # Before 2.10 or so, torch's autocast keeps the weights that it cast here, without gradient,
+        # for the pass that wants one.
+        torch.clear_autocast_cache()
         return out[:, 0] + masked_mean(out, mask)
 
     def _transform(self, tokens: Tensor, mask: Tensor | None) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
+import shutil
 from datetime import timedelta
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from accelerate.utils import (
 )
 
 from vicvlm_cli.checkpoint import FILE_NAME
-from vicvlm_cli.data.batches import Rows, load_size
+from vicvlm_cli.data.batches import AHEAD, Rows, load_size
 from vicvlm_cli.data.decoded import DecodedFile, make_decoded
 from vicvlm_cli.data.prepared import PreparedDataset, Split
 from vicvlm_cli.data.tokenizer import Tokenizer
@@ -68,8 +69,14 @@ def make_accelerator(config: TrainConfig, track: str, run: Path) -> Accelerator:
             gradient_accumulation_steps=config.step_batches,
             log_with=None if track == "none" else track,
             project_dir=str(run),
-            # Losses come and go with their schedule, and their heads with them.
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(
+                    # Losses come and go with their schedule, and their heads with them.
+                    find_unused_parameters=True,
+                    # Queues, the largest, are the same everywhere: they hold gathered features.
+                    broadcast_buffers=False,
+                )
+            ],
         )
     except ValueError as error:  # such as fp16 on a CPU
         raise UsageError(
@@ -100,13 +107,24 @@ def run_folder(kind: str, dataset: PreparedDataset, output: Path | None) -> Path
     return output
 
 
-def with_workers(data: DataConfig, accelerator: Accelerator) -> DataConfig:
+SHARED_MEMORY = Path("/dev/shm")  # what loader processes hand batches over in, on Linux
+
+
+def with_workers(
+    data: DataConfig, accelerator: Accelerator, image_size: int, batch_size: int
+) -> DataConfig:
     """``data`` with a number of loader processes that suits the machine, where it names none."""
     if data.workers >= 0:
         return data
-    cores = (os.cpu_count() or 1) // accelerator.num_processes
+    processes = accelerator.num_processes
     # On the CPU the training itself wants every core: a loader process only takes turns with it.
-    workers = 0 if accelerator.device.type == "cpu" else min(8, cores - 1)
+    workers = 0
+    if accelerator.device.type != "cpu":
+        workers = min(8, (os.cpu_count() or 1) // processes - 1)
+        if SHARED_MEMORY.is_dir():  # 64 MB in many containers, where more dies of a bus error
+            batch = batch_size * 3 * load_size(image_size, data) ** 2
+            room = shutil.disk_usage(SHARED_MEMORY).free // (2 * processes)
+            workers = min(workers, room // (AHEAD * batch))
     return dataclasses.replace(data, workers=max(workers, 0))
 
 

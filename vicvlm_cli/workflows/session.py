@@ -129,6 +129,7 @@ class Session:
             "model": configs.to_dict(job.model.config),
             "split_hash": job.dataset.split("train").hash,
             "position": asdict(job.position),
+            "num_processes": self.accelerator.num_processes,
         }
         save_run_state(self.accelerator, job.run / "state", job.tokenizer, description)
 

@@ -38,6 +38,7 @@ def save_run_state(
         shutil.rmtree(beside, ignore_errors=True)
     accelerator.wait_for_everyone()
     accelerator.save_state(str(beside))
+    accelerator.wait_for_everyone()  # each process writes its own random state
     if accelerator.is_main_process:
         (beside / "tokenizer.json").write_text(tokenizer.to_json(), "utf-8")
         (beside / "run.json").write_text(json.dumps(description), "utf-8")

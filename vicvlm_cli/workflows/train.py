@@ -187,6 +187,13 @@ def _resume(
     position = Position(**description["position"])
     train = config.pretrain if kind == "pretrain" else config.finetune
     accelerator = make_accelerator(train, track, run)
+    now = accelerator.num_processes
+    then = description.get("num_processes", now)
+    if then != now:  # its batches, its schedule and its random numbers are those of that many
+        raise UserError(
+            f"{run} is a run of {then} processes and cannot go on with {now}: use accelerate "
+            f"launch --num_processes {then} -m vicvlm_cli {kind} --resume {run}, or start a new run"
+        )
     set_seed(train.seed)
     model = build_model(configs.from_dict(ModelConfig, description["model"]))
     job = Job(kind, config, model, tokenizer, dataset, run, position, state)
@@ -197,7 +204,8 @@ def _resume(
 def _train(
     job: Job, accelerator: Accelerator, trace: Path | None, progress: Progress
 ) -> TrainResult:
-    config, data = job.train, with_workers(job.config.data, accelerator)
+    config, image_size = job.train, job.model.config.image_size
+    data = with_workers(job.config.data, accelerator, image_size, config.batch_size)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     split = job.dataset.split("train")
