@@ -177,7 +177,8 @@ def load_config(
 
     Where the pretraining objective asked for is not the preset's own (or there is no preset),
     ``recipe_of`` gives that method's table. Encoders, data and schedule remain the preset's; its
-    losses and options, which are of its own method, go.
+    losses and options, which are of its own method, go. Where both are fine-tuned by one objective,
+    its losses there count as much and as often as in the preset.
     """
     table: dict[str, Any] = dict(base or {})
     if preset:
@@ -187,10 +188,15 @@ def load_config(
         over = merge(over, parse_override(text))
     wanted = _objective(over) or _objective(table) or TrainConfig.objective
     if recipe_of and wanted != _objective(table):
+        recipe = recipe_of(str(wanted))
         for kind in ("pretrain", "finetune"):
-            stage = {k: v for k, v in table.get(kind, {}).items() if k not in METHOD_SETTINGS}
+            preset_stage, own = table.get(kind, {}), recipe.get(kind, {})
+            stage = {k: v for k, v in preset_stage.items() if k not in METHOD_SETTINGS}
+            if "objective" in own and own["objective"] == preset_stage.get("objective"):
+                losses = preset_stage.get("losses", {})
+                stage["losses"] = {k: v for k, v in losses.items() if k in own["losses"]}
             table = {**table, kind: stage}
-        table = merge(table, recipe_of(str(wanted)))
+        table = merge(table, recipe)
     return from_dict(Config, merge(table, over))
 
 

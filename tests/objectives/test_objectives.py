@@ -265,6 +265,8 @@ def test_the_recipe_names_losses_that_there_are(
     assert replace(config.pretrain, objective="", losses={}, options={}) == replace(
         plain.pretrain, objective="", losses={}, options={}
     )
+    if tuned.objective == plain.finetune.objective:  # as often and as much
+        assert tuned.losses == plain.finetune.losses
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
