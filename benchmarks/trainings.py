@@ -107,7 +107,8 @@ def _measured(run: Run, trained: dict[str, Any], checkpoint: Path, folder: Path)
     Not where pairs alone are scored: then it ends with its last validation, of another shortlist.
     """
     best: dict[str, Any] = trained.get("best") or {}
-    if run.split == "val" and best.get("top_k") == 0 and not best["pair_score"]["alone"]:
+    alone = (best.get("pair_score") or {}).get("alone")  # two encoders score no pairs
+    if run.split == "val" and best.get("top_k") == 0 and not alone:
         from vicvlm_cli.device import best_device, supports_bf16
 
         half = supports_bf16(best_device())
