@@ -10,7 +10,7 @@ VALIDATE_EVERY = {
     **dict.fromkeys(("scan", "scan-i2t", "albef", "vilt"), 1.0),
     **dict.fromkeys(("mamo", "mamo-seed", "maskvlm", "s_smke"), 0.5),
 }
-# At the preset's batch, half a minute a step, a run has few of theirs: more and smaller ones.
+# A run has few of their steps at the preset's batch, 72 of MAMO's at L: more and smaller ones.
 DEAR = ("albef", "mamo", "mamo-seed", "maskvlm", "s_smke")
 
 MATCHING = ("itm",)

@@ -151,7 +151,11 @@ def _train(
     until: float,
 ) -> dict[str, Any]:
     note = folder.with_suffix(".json")  # what a training's own result does not know
-    known = json.loads(note.read_text("utf-8")) if note.exists() else {"peak_mb": 0, "command": ""}
+    known = {"peak_mb": 0, "command": "", "threads": run.threads}
+    if note.exists():
+        known = known | json.loads(note.read_text("utf-8"))
+    if known["threads"] != run.threads:  # its minutes are those of as many
+        raise SystemExit(f"{run.key} was begun with {known['threads']} threads: go on with as many")
     result = folder / "result.json"
     if not result.exists():
         wanted = [
@@ -182,7 +186,7 @@ def _train(
     trained: dict[str, Any] = json.loads(result.read_text("utf-8"))
     trained["seconds"] *= run.threads  # of one core, as of every other row
     trained["pairs_per_second"] /= run.threads
-    return trained | known | {"frozen_pairs": _frozen_pairs(folder), "threads": run.threads}
+    return trained | known | {"frozen_pairs": _frozen_pairs(folder)}
 
 
 def _frozen_pairs(folder: Path) -> int:

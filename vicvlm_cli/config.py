@@ -192,7 +192,8 @@ def load_config(
         for kind in ("pretrain", "finetune"):
             preset_stage, own = table.get(kind, {}), recipe.get(kind, {})
             stage = {k: v for k, v in preset_stage.items() if k not in METHOD_SETTINGS}
-            if "objective" in own and own["objective"] == preset_stage.get("objective"):
+            method = over.get(kind, {}).get("objective", own.get("objective"))
+            if method and method == preset_stage.get("objective") and method == own["objective"]:
                 losses = preset_stage.get("losses", {})
                 stage["losses"] = {k: v for k, v in losses.items() if k in own["losses"]}
             table = {**table, kind: stage}

@@ -11,7 +11,7 @@ from vicvlm_cli.report.progress import Progress
 
 
 def test_a_bank_gives_back_real_tokens_in_any_order():
-    bank = TokenBank(4, torch.device("cpu"), torch.float32)
+    bank = TokenBank(4, torch.device("cpu"), torch.float32, most=11)
     tokens = torch.randn(4, 5, 2)
     mask = torch.arange(5) < torch.tensor([[2], [5], [3], [1]])
     for index in (torch.tensor([3, 1]), torch.tensor([0, 2])):
@@ -25,7 +25,7 @@ def test_a_bank_gives_back_real_tokens_in_any_order():
 
 
 def test_a_bank_of_unmasked_items_has_no_mask():
-    bank = TokenBank(2, torch.device("cpu"), torch.bfloat16)
+    bank = TokenBank(2, torch.device("cpu"), torch.bfloat16, most=0)
     tokens = torch.randn(2, 3, 4)
     bank.add(torch.tensor([1]), tokens[:1], None)
     bank.add(torch.tensor([0]), tokens[1:], None)

@@ -233,6 +233,15 @@ def test_some_places_are_those_of_all(name: str, want: Want, attention: str) -> 
         torch.testing.assert_close(some.image, take(whole.image, at), rtol=1e-4, atol=1e-5)
 
 
+def test_co_attention_computes_no_patch_that_is_not_wanted() -> None:
+    image, text, mask = tokens()
+    at = torch.zeros(len(image), 2, dtype=torch.long)
+    for want, places, patches in (("pooled", None, 0), ("text", None, 0), ("image", at, 2)):
+        fused: Fused = make("co_attention")(image, None, text, mask, want=want, at=places)
+        assert fused.image is not None
+        assert fused.image.shape[1] == patches
+
+
 def test_concat_computes_no_output_that_is_not_wanted() -> None:
     image, text, mask = tokens()
     for want, words, patches in (("pooled", 0, 0), ("text", 5, 0), ("image", 0, 1 + PATCHES)):

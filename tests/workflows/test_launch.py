@@ -5,14 +5,16 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from accelerate import Accelerator
-from tiny_training import QUIET, TINY, equal, run, weights
+from tiny_training import QUIET, TINY, Heard, equal, run, weights
 
+from vicvlm_cli.data.batches import Plan
 from vicvlm_cli.errors import UsageError, UserError
 from vicvlm_cli.settings import DataConfig
 from vicvlm_cli.workflows.launch import join, with_workers
@@ -61,17 +63,27 @@ def test_a_launch_that_got_fewer_processes_than_asked_says_so(
         join()
 
 
-@pytest.mark.parametrize(("free", "workers"), [(64, 0), (2 * 2 * 3 * 19 + 1, 3), (10**5, 7)])
+@pytest.mark.parametrize(
+    ("free", "cached", "workers"),
+    [(64, False, 0), (74, False, 1), (2 * 2 * 3 * 19 + 1, False, 3), (10**5, False, 7)]
+    + [(2 * (2 * 3 * 19 + 100), True, 3), (2 * (2 * 3 * 19), True, 0)],
+)
 def test_loader_processes_fit_into_shared_memory(
-    free: int, workers: int, monkeypatch: pytest.MonkeyPatch
+    free: int, cached: bool, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free << 20))
-    monkeypatch.setattr("vicvlm_cli.workflows.launch.SHARED_MEMORY", Path())
+    monkeypatch.setattr("vicvlm_cli.workflows.launch.SHARED_MEMORY", Path("shm"))
+    monkeypatch.setattr(Path, "is_dir", lambda _: True)
     accelerator: Any = SimpleNamespace(num_processes=2, device=SimpleNamespace(type="cuda"))
-    # 25 pictures of 252 pixels, four batches ahead: 18.2 MiB a loader process.
-    data = with_workers(DataConfig(crop_scale=0.5), accelerator, 224, 25)
-    assert data.workers == workers
-    assert with_workers(DataConfig(workers=5), accelerator, 224, 25).workers == 5
+    # Of 252 pixels; 25 pictures four batches ahead are 18.2 MiB a loader process, 500 are 91.
+    plan = Plan((1,) * 500, "one", 25, 0)
+    data = DataConfig(crop_scale=0.5, cache_mb=2000 if cached else 0)
+    heard = Heard()
+    assert with_workers(data, accelerator, 224, plan, heard).workers == workers
+    lowered = f"shm has room for {workers} loader processes, not 7"
+    assert (lowered in "".join(heard.notes)) == (workers < 7)
+    given = replace(data, workers=5)
+    assert with_workers(given, accelerator, 224, plan, heard).workers == 5
     accelerator.device.type = "cpu"
-    assert with_workers(DataConfig(), accelerator, 224, 25).workers == 0
+    assert with_workers(data, accelerator, 224, plan, heard).workers == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,10 @@ def test_the_warm_up_has_a_least_number_of_steps() -> None:
     assert lr_factor(1 / 3, config, step=10) == pytest.approx(1.0)
     # What thaws late warms up by the share alone.
     assert lr_factor(0.45, config, begins=0.4, step=45) == pytest.approx(0.5)
+    # Early, the steps bound it as well: a run of 40 that thaws after 10.
+    assert lr_factor(0.30, config, begins=0.25, step=12) == pytest.approx(0.5)
+    assert lr_factor(0.35, config, begins=0.25, step=12) == pytest.approx(1.0)
+    assert lr_factor(0.30, replace(config, warmup=0.01), begins=0.25, step=11) == pytest.approx(0.9)
 
 
 def test_steps_are_those_of_all_epochs() -> None:

@@ -205,7 +205,7 @@ def test_what_cannot_be_resumed(pretrained: TrainResult, scenes: Path, tmp_path:
     told = stopped / "state" / "run.json"
     description = json.loads(told.read_text())
     told.write_text(json.dumps(description | {"num_processes": 4}))
-    with pytest.raises(UserError, match="of 4 processes and cannot go on with 1: .*processes 4 -m"):
+    with pytest.raises(UserError, match="of 4 processes and cannot go on with 1: .*per_node 4 -m"):
         pretrain(scenes, resume=stopped, progress=QUIET)
     told.write_text(json.dumps(description))
     file = stopped / "state" / "model.safetensors"  # as an earlier version may have left it

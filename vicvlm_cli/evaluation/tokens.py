@@ -25,10 +25,10 @@ class TokenBank:
 
     On a GPU they stay there while they fit into a third of what is free, else in main memory.
     Memory: the real tokens of n items in `dtype`, nothing that grows with pairs. `most`: how many
-    tokens all items have together at most, where they have masks.
+    tokens all items have together at most; where they have no masks it is found out.
     """
 
-    def __init__(self, count: int, device: torch.device, dtype: torch.dtype, most: int = 0) -> None:
+    def __init__(self, count: int, device: torch.device, dtype: torch.dtype, most: int) -> None:
         self.device, self.dtype, self._most = device, dtype, most
         self.lengths = torch.zeros(count, dtype=torch.long)
         self._starts = torch.zeros(count, dtype=torch.long)
@@ -114,7 +114,7 @@ def encode_split(
     dim = vlm.config.projection_dim
     image, text = torch.empty(count, dim), torch.empty(len(texts), dim)
     dtype = autocast_dtype(device, precision) or torch.float32
-    image_tokens = TokenBank(count, device, dtype) if keep_tokens else None
+    image_tokens = TokenBank(count, device, dtype, most=0) if keep_tokens else None
     most = len(texts) * vlm.config.max_tokens
     text_tokens = TokenBank(len(texts), device, dtype, most) if keep_tokens else None
     with progress.bar("encoding pictures", count, "images") as bar:

@@ -175,5 +175,5 @@ class CrossAttentionPatchHead(nn.Module):
         Returns:
             [B, M, out_width].
         """
-        x = self.layers(image, None, text, text_mask)
-        return self.out(x.gather(1, at.unsqueeze(-1).expand(-1, -1, x.shape[-1])))
+        predicted: Tensor = self.out(self.layers(image, None, text, text_mask, at))
+        return predicted

@@ -18,7 +18,7 @@ from accelerate.utils import (
 )
 
 from vicvlm_cli.checkpoint import FILE_NAME
-from vicvlm_cli.data.batches import AHEAD, Rows, load_size
+from vicvlm_cli.data.batches import AHEAD, Plan, Rows, load_size
 from vicvlm_cli.data.decoded import DecodedFile, make_decoded
 from vicvlm_cli.data.prepared import PreparedDataset, Split
 from vicvlm_cli.data.tokenizer import Tokenizer
@@ -73,7 +73,8 @@ def make_accelerator(config: TrainConfig, track: str, run: Path) -> Accelerator:
                 DistributedDataParallelKwargs(
                     # Losses come and go with their schedule, and their heads with them.
                     find_unused_parameters=True,
-                    # Queues, the largest, are the same everywhere: they hold gathered features.
+                    # Queues, the largest, are the same everywhere, since they hold gathered
+                    # features; what differs, counts of words, makes trivial values alone.
                     broadcast_buffers=False,
                 )
             ],
@@ -111,21 +112,30 @@ SHARED_MEMORY = Path("/dev/shm")  # what loader processes hand batches over in, 
 
 
 def with_workers(
-    data: DataConfig, accelerator: Accelerator, image_size: int, batch_size: int
+    data: DataConfig, accelerator: Accelerator, image_size: int, plan: Plan, progress: Progress
 ) -> DataConfig:
     """``data`` with a number of loader processes that suits the machine, where it names none."""
     if data.workers >= 0:
         return data
     processes = accelerator.num_processes
     # On the CPU the training itself wants every core: a loader process only takes turns with it.
-    workers = 0
-    if accelerator.device.type != "cpu":
-        workers = min(8, (os.cpu_count() or 1) // processes - 1)
-        if SHARED_MEMORY.is_dir():  # 64 MB in many containers, where more dies of a bus error
-            batch = batch_size * 3 * load_size(image_size, data) ** 2
-            room = shutil.disk_usage(SHARED_MEMORY).free // (2 * processes)
-            workers = min(workers, room // (AHEAD * batch))
-    return dataclasses.replace(data, workers=max(workers, 0))
+    if accelerator.device.type == "cpu":
+        return dataclasses.replace(data, workers=0)
+    workers = max(min(8, (os.cpu_count() or 1) // processes - 1), 0)
+    if SHARED_MEMORY.is_dir():  # 64 MB in many containers, where more dies of a bus error
+        picture = 3 * load_size(image_size, data) ** 2
+        room = shutil.disk_usage(SHARED_MEMORY).free // processes
+        pictures = len(plan.captions) * picture
+        if not data.cache and pictures <= data.cache_mb * 10**6:  # decoded once, for all of them
+            room -= pictures
+        fit = max(room, 0) // (2 * AHEAD * plan.batch_size * picture)
+        if fit < workers:
+            progress.say(
+                f"warning: {SHARED_MEMORY} has room for {fit} loader processes, not {workers}; "
+                "give it more (docker run --shm-size), or decode pictures once with --cache"
+            )
+        workers = min(workers, fit)
+    return dataclasses.replace(data, workers=workers)
 
 
 def make_rows(

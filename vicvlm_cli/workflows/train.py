@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 
 from vicvlm_cli import config as configs
@@ -186,14 +186,16 @@ def _resume(
     tokenizer = Tokenizer.from_json((state / "tokenizer.json").read_text("utf-8"))
     position = Position(**description["position"])
     train = config.pretrain if kind == "pretrain" else config.finetune
-    accelerator = make_accelerator(train, track, run)
-    now = accelerator.num_processes
+    now, launch = PartialState().num_processes, "accelerate launch --num_processes"
+    if PartialState().device.type == "cpu":
+        launch = "ACCELERATE_USE_CPU=true torchrun --nproc_per_node"
     then = description.get("num_processes", now)
     if then != now:  # its batches, its schedule and its random numbers are those of that many
         raise UserError(
-            f"{run} is a run of {then} processes and cannot go on with {now}: use accelerate "
-            f"launch --num_processes {then} -m vicvlm_cli {kind} --resume {run}, or start a new run"
+            f"{run} is a run of {then} processes and cannot go on with {now}: use {launch} {then} "
+            f"-m vicvlm_cli {kind} --resume {run}, or start a new run"
         )
+    accelerator = make_accelerator(train, track, run)
     set_seed(train.seed)
     model = build_model(configs.from_dict(ModelConfig, description["model"]))
     job = Job(kind, config, model, tokenizer, dataset, run, position, state)
@@ -204,8 +206,7 @@ def _resume(
 def _train(
     job: Job, accelerator: Accelerator, trace: Path | None, progress: Progress
 ) -> TrainResult:
-    config, image_size = job.train, job.model.config.image_size
-    data = with_workers(job.config.data, accelerator, image_size, config.batch_size)
+    config, data = job.train, job.config.data
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     split = job.dataset.split("train")
@@ -218,6 +219,7 @@ def _train(
         accelerator.num_processes,
         data.more_captions,
     )
+    data = with_workers(data, accelerator, job.model.config.image_size, plan, progress)
     check_views(job.model, config)
     job.model.image_encoder.freeze(config.frozen_blocks, for_good=not config.frozen_epochs)
     objective = create_objective(job.model, job.tokenizer, config, data.more_captions)
