@@ -192,8 +192,8 @@ def load_config(
         for kind in ("pretrain", "finetune"):
             preset_stage, own = table.get(kind, {}), recipe.get(kind, {})
             stage = {k: v for k, v in preset_stage.items() if k not in METHOD_SETTINGS}
-            method = over.get(kind, {}).get("objective", own.get("objective"))
-            if method and method == preset_stage.get("objective") and method == own["objective"]:
+            method = _objective(recipe, kind)
+            if method and method == _objective(table, kind) == (_objective(over, kind) or method):
                 losses = preset_stage.get("losses", {})
                 stage["losses"] = {k: v for k, v in losses.items() if k in own["losses"]}
             table = {**table, kind: stage}
@@ -204,6 +204,6 @@ def load_config(
 METHOD_SETTINGS = ("objective", "losses", "options")
 
 
-def _objective(table: Mapping[str, Any]) -> Any:
-    stage = table.get("pretrain", {})
+def _objective(table: Mapping[str, Any], kind: str = "pretrain") -> Any:
+    stage = table.get(kind, {})
     return stage.get("objective") if isinstance(stage, Mapping) else None

@@ -269,6 +269,14 @@ def test_the_recipe_names_losses_that_there_are(
         assert tuned.losses == plain.finetune.losses
 
 
+def test_another_fine_tuning_does_not_take_the_losses_of_the_presets() -> None:
+    asked = ["pretrain.objective=mamo", "finetune.objective=albef"]
+    config = load_config("vicvlm-tiny", overrides=asked, recipe_of=recipe_of)
+    assert config.finetune.losses["itm"].every == 1
+    with pytest.raises(UsageError, match="finetune is 3, not a table"):
+        load_config("vicvlm-tiny", overrides=[asked[0], "finetune=3"], recipe_of=recipe_of)
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_method_fits_the_preset_for_photographs(name: str) -> None:
     wanted = [f"pretrain.objective={name}", "model.image_weights=''"]
