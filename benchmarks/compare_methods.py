@@ -51,6 +51,7 @@ def _scan(*more: str) -> Method:
     return method._replace(finetune=("finetune.rerank_top_k=128",), all_pairs=True)
 
 
+SMALLER = "-batch-64"  # behind a method's name: its row of recall.py with smaller batches
 METHODS: dict[str, Method] = {
     "itc": Method(
         tuple(f"pretrain.losses.{name}.weight=0" for name in VICVLM),
@@ -160,8 +161,7 @@ def report(
     ] = None,
 ) -> None:
     """Tables in Markdown: final figures, their cost, recall at equal time and at equal pairs."""
-    # Rows of recall.py with smaller batches stand behind their method.
-    names = [row for name in METHODS for row in (name, f"{name}-batch-64")]
+    names = [row for name in METHODS for row in (name, name + SMALLER)]
     runs = {name: found for name, found in read_runs(out, names).items() if name in names}
     if not runs:
         raise typer.BadParameter(f"there are no finished runs in {out}")

@@ -25,7 +25,7 @@ from statistics import mean
 from typing import Annotated
 
 import typer
-from compare_methods import METHODS, Method
+from compare_methods import METHODS, SMALLER, Method
 from comparison import (
     WAYS,
     Result,
@@ -116,7 +116,8 @@ def run(
                 f"--set makes another row of {name}: give it a name of its own"
             )
         chosen = (*BASES.get(base, ()), *ROWS.get(name, ALONE), *(settings or ()))
-        method = METHODS.get(name.removesuffix("-batch-64"), Method())
+        method_name = name.removesuffix(SMALLER)
+        method = METHODS.get(method_name, Method())
         if method.taught:
             chosen += taught
         runs.append(
@@ -126,7 +127,7 @@ def run(
                 data=data,
                 minutes=minutes,
                 tune=0.0,
-                validate_every=VALIDATE_EVERY.get(name.removesuffix("-batch-64"), 4.0),
+                validate_every=VALIDATE_EVERY.get(method_name, 4.0),
                 threads=threads,
                 all_pairs=method.all_pairs,
                 pretrain=chosen,

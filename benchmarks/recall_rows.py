@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from compare_methods import METHODS  # beside this file
+from compare_methods import METHODS, SMALLER  # beside this file
 
 TEACHER = "deit_tiny_patch16_224"  # of s_smke, at 224 pixels: the weights that all start from
 # Epochs between validations of methods whose pairs cost so much that few of them are seen.
@@ -177,7 +177,7 @@ ROWS: dict[str, tuple[str, ...]] = {
         for name, method in METHODS.items()
         if not name.startswith(("itc", "vicvlm"))
     },
-    **{f"{name}-batch-64": (*METHODS[name].pretrain, "pretrain.batch_size=64") for name in DEAR},
+    **{name + SMALLER: (*METHODS[name].pretrain, "pretrain.batch_size=64") for name in DEAR},
     # Further levers, beside VICReg; and the text side's on a picture side that stays frozen, which
     # few minutes tell apart.
     "frozen": (*on_projections(**SPREAD), *frozen(12, 2)),

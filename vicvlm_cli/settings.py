@@ -104,7 +104,7 @@ class TrainConfig:
     cached_views: int = 0
     weight_decay: float = 0.01
     warmup: float = 0.05  # share of the run
-    warmup_steps: int = 0  # at least as many, where a run has three times as many
+    warmup_steps: int = 0  # at least as many steps, up to a third of the run
     final_lr: float = 0.04  # share of the peak
     grad_clip: float = 1.0
     precision: str = "auto"  # auto, no, bf16, fp16
@@ -189,9 +189,8 @@ POSITIVE = (
 )
 NOT_NEGATIVE = (
     *("weight", "start", "ramp", "seed", "max_minutes", "image_lr", "weight_decay", "warmup"),
-    "warmup_steps",
     *("validate_every", "validation_images", "rerank_top_k", "color_jitter", "text_dropout"),
-    *("more_captions", "word_dropout"),
+    *("warmup_steps", "more_captions", "word_dropout"),
     *("frozen_blocks", "frozen_epochs", "cached_views", "contrastive_batch"),
 )
 BELOW_ONE = ("text_dropout", "word_dropout")

@@ -28,6 +28,9 @@ from vicvlm_cli.model.vlm import VLM
 from vicvlm_cli.report.progress import Progress
 from vicvlm_cli.settings import DataConfig, TrainConfig
 
+SHARED_MEMORY = Path("/dev/shm")  # what loader processes hand batches over in, on Linux
+LAUNCH_ON_CPUS = "ACCELERATE_USE_CPU=true torchrun --nproc_per_node"
+
 
 def join() -> None:
     """Join the other processes of the launch, on the CPU if asked to or if there is nothing else.
@@ -47,8 +50,27 @@ def join() -> None:
     if state.num_processes != launched:
         raise UserError(
             f"{launched} processes were launched and {state.num_processes} came together; on CPUs "
-            "use ACCELERATE_USE_CPU=true torchrun --nproc_per_node N -m vicvlm_cli …"
+            f"use {LAUNCH_ON_CPUS} N -m vicvlm_cli …"
         )
+
+
+def require_processes(then: int, kind: str, run: Path) -> None:
+    """Refuse to go on with a ``run`` of ``then`` processes by another number of them.
+
+    Its batches, its schedule and its random numbers are those of as many.
+
+    Raises:
+        UserError: there are more or fewer.
+    """
+    state = PartialState()
+    if state.num_processes == then:
+        return
+    gpus = state.device.type != "cpu"
+    launch = "accelerate launch --num_processes" if gpus else LAUNCH_ON_CPUS
+    raise UserError(
+        f"{run} is a run of {then} processes and cannot go on with {state.num_processes}: use "
+        f"{launch} {then} -m vicvlm_cli {kind} --resume {run}, or start a new run"
+    )
 
 
 def make_accelerator(config: TrainConfig, track: str, run: Path) -> Accelerator:
@@ -106,9 +128,6 @@ def run_folder(kind: str, dataset: PreparedDataset, output: Path | None) -> Path
             f"--resume {output}"
         )
     return output
-
-
-SHARED_MEMORY = Path("/dev/shm")  # what loader processes hand batches over in, on Linux
 
 
 def with_workers(

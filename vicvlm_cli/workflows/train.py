@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from vicvlm_cli import config as configs
@@ -27,7 +27,14 @@ from vicvlm_cli.objectives import create_objective, recipe_of
 from vicvlm_cli.report.profile import Profile
 from vicvlm_cli.report.progress import Progress
 from vicvlm_cli.settings import Config, ModelConfig
-from vicvlm_cli.workflows.launch import join, make_accelerator, run_folder, with_workers
+from vicvlm_cli.workflows.launch import (
+    LAUNCH_ON_CPUS,
+    join,
+    make_accelerator,
+    require_processes,
+    run_folder,
+    with_workers,
+)
 from vicvlm_cli.workflows.loop import parameter_groups, run_loop, total_steps
 from vicvlm_cli.workflows.metrics import LossRow, Metrics, summary_dicts
 from vicvlm_cli.workflows.profile import Recorder, trace_file
@@ -186,15 +193,8 @@ def _resume(
     tokenizer = Tokenizer.from_json((state / "tokenizer.json").read_text("utf-8"))
     position = Position(**description["position"])
     train = config.pretrain if kind == "pretrain" else config.finetune
-    now, launch = PartialState().num_processes, "accelerate launch --num_processes"
-    if PartialState().device.type == "cpu":
-        launch = "ACCELERATE_USE_CPU=true torchrun --nproc_per_node"
-    then = description.get("num_processes", now)
-    if then != now:  # its batches, its schedule and its random numbers are those of that many
-        raise UserError(
-            f"{run} is a run of {then} processes and cannot go on with {now}: use {launch} {then} "
-            f"-m vicvlm_cli {kind} --resume {run}, or start a new run"
-        )
+    if "num_processes" in description:  # states of earlier versions do not say
+        require_processes(description["num_processes"], kind, run)
     accelerator = make_accelerator(train, track, run)
     set_seed(train.seed)
     model = build_model(configs.from_dict(ModelConfig, description["model"]))
@@ -288,7 +288,7 @@ def _say_what(job: Job, accelerator: Accelerator, plan: Plan, progress: Progress
     if asked and "WORLD_SIZE" not in environ and accelerator.num_processes == 1:
         progress.say(
             "warning: accelerate was asked for several processes but started one; on CPUs use "
-            "ACCELERATE_USE_CPU=true torchrun --nproc_per_node N -m vicvlm_cli …"
+            f"{LAUNCH_ON_CPUS} N -m vicvlm_cli …"
         )
     if job.dataset.manifest.partial:
         progress.say(f"warning: the data set is partial: {job.dataset.manifest.partial}")
