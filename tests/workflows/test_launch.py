@@ -17,7 +17,7 @@ from tiny_training import QUIET, TINY, Heard, equal, run, weights
 from vicvlm_cli.data.batches import Plan
 from vicvlm_cli.errors import UsageError, UserError
 from vicvlm_cli.settings import DataConfig
-from vicvlm_cli.workflows.launch import join, with_workers
+from vicvlm_cli.workflows.launch import join, require_processes, with_workers
 from vicvlm_cli.workflows.train import TrainResult, pretrain
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -61,6 +61,24 @@ def test_a_launch_that_got_fewer_processes_than_asked_says_so(
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="2 processes were launched and 1 came together"):
         join()
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "device", "words"),
+    [
+        (1, 2, "cpu", "of 1 process and cannot go on with 2: use vicvlm finetune --resume r,"),
+        (4, 1, "cpu", "of 4 processes .* torchrun --nproc_per_node 4 -m vicvlm_cli finetune"),
+        (4, 2, "cuda", "use accelerate launch --num_processes 4 -m vicvlm_cli finetune --resume r"),
+    ],
+)
+def test_a_run_goes_on_with_as_many_processes(
+    then: int, now: int, device: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = SimpleNamespace(num_processes=now, device=SimpleNamespace(type=device))
+    monkeypatch.setattr("vicvlm_cli.workflows.launch.PartialState", lambda: state)
+    with pytest.raises(UserError, match=words):
+        require_processes(then, "finetune", Path("r"))
+    require_processes(now, "finetune", Path("r"))
 
 
 @pytest.mark.parametrize(

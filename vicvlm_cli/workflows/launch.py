@@ -65,11 +65,14 @@ def require_processes(then: int, kind: str, run: Path) -> None:
     state = PartialState()
     if state.num_processes == then:
         return
-    gpus = state.device.type != "cpu"
-    launch = "accelerate launch --num_processes" if gpus else LAUNCH_ON_CPUS
+    launch = "vicvlm"
+    if then > 1:
+        gpus = state.device.type != "cpu"
+        several = "accelerate launch --num_processes" if gpus else LAUNCH_ON_CPUS
+        launch = f"{several} {then} -m vicvlm_cli"
     raise UserError(
-        f"{run} is a run of {then} processes and cannot go on with {state.num_processes}: use "
-        f"{launch} {then} -m vicvlm_cli {kind} --resume {run}, or start a new run"
+        f"{run} is a run of {then} process{'es' * (then > 1)} and cannot go on with "
+        f"{state.num_processes}: use {launch} {kind} --resume {run}, or start a new run"
     )
 
 
