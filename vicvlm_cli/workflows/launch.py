@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import os
 import shutil
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -87,6 +88,8 @@ def make_accelerator(config: TrainConfig, track: str, run: Path) -> Accelerator:
         precision = "bf16" if supports_bf16(PartialState().device) else "no"
     if track != "none" and importlib.util.find_spec(track) is None:
         raise UsageError(f"--track {track} needs its package: pip install 'vicvlm[track]'")
+    # Newer torch has another name for it, which neither accelerate nor older torch knows yet.
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     try:
         accelerator = Accelerator(
             cpu=PartialState().device.type == "cpu",
