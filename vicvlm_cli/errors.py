@@ -7,6 +7,7 @@ class UserError(Exception):
     """A mistake a user can mend: one sentence on what is wrong, where, and what to do next."""
 
     exit_code = 1
+    own = False  # met by one process of a launch alone, so that no other can tell of it
 
 
 class UsageError(UserError):

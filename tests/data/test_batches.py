@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from tiny import CAPTIONS, make_tokenizer
 
-from vicvlm_cli.data.batches import Batch, Plan, Rows, batches, load_size
+from vicvlm_cli.data.batches import Batch, Plan, Rows, RowsError, batches, load_size
 from vicvlm_cli.data.decoded import make_decoded
 from vicvlm_cli.data.images import BadImage
 from vicvlm_cli.data.prepared import PreparedDataset, Split
@@ -230,14 +230,19 @@ def test_batches_from_the_file_are_those_that_are_decoded_anew(tiny_data: Path) 
     assert len(pickle.dumps(file)) < 1000
 
 
-def test_damaged_shards_are_named(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("workers", [0, 1])
+def test_damaged_shards_are_named(
+    workers: int, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def image(*_: object, **__: object) -> None:
         raise BadImage("truncated")
 
     split = PreparedDataset.open(tiny_data).split("train")
     monkeypatch.setattr(Split, "image", image)
-    with pytest.raises(UserError, match="of scenes train .* is truncated: the shards are damaged"):
-        next(batches(Rows(split, make_tokenizer(), 20, 24), Plan((5,) * 8, "all", 4, seed=0)))
+    source, schedule = Rows(split, make_tokenizer(), 20, 24), Plan((5,) * 8, "all", 4, seed=0)
+    with pytest.raises(RowsError, match="^image .* is truncated: the shards are damaged") as told:
+        next(batches(source, schedule, workers=workers))
+    assert "\n" not in str(told.value)  # a sentence, and not the trace of a loader process
 
 
 def test_a_split_smaller_than_a_batch_is_refused() -> None:

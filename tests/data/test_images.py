@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from vicvlm_cli.data import images
 from vicvlm_cli.data.images import BadImage, encode_image, load_rgb
@@ -143,6 +143,26 @@ def test_decoding_at_a_lower_scale_stays_close_to_the_full_one() -> None:
     assert quick.size == full.size
     difference = np.asarray(full).astype(int) - np.asarray(quick).astype(int)
     assert np.abs(difference).mean() < 4
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG"])
+def test_encode_leaves_long_comments_behind(kind: str) -> None:
+    text = "x" * 70_000
+    image = photo(40, 24)
+    if kind == "PNG":
+        info = PngImagePlugin.PngInfo()
+        info.add_text("comment", text)
+        data = saved(image, kind, pnginfo=info)
+    else:
+        data = saved(image, kind, comment=text.encode())
+    for side in (12, 64):  # resized and not
+        stored = Image.open(io.BytesIO(encode_image(data, side)))
+        assert (stored.format, stored.info.get("comment")) == ("JPEG", None)
+
+
+def test_what_no_jpeg_can_hold_is_a_bad_picture() -> None:
+    with pytest.raises(BadImage, match="no JPEG can hold it"):
+        encode_image(saved(Image.new("RGB", (70_000, 2))), 64)
 
 
 def test_encode_passes_bad_pictures_on(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from vicvlm_cli.data import shards
 from vicvlm_cli.data.images import encode_image
 from vicvlm_cli.data.prepared import MANIFEST, Manifest, PreparedDataset, split_hash
 from vicvlm_cli.data.shards import ShardWriter
@@ -106,6 +107,39 @@ def test_a_lost_shard_is_named(prepared: Path) -> None:
     (prepared / data.manifest.shards["val"][0]).unlink()
     with pytest.raises(UserError, match=r"val-1a2b3c4d-00000\.arrow is gone"):
         data.split("val")
+
+
+def test_a_shard_cut_short_is_named(prepared: Path) -> None:
+    data = PreparedDataset.open(prepared)
+    shard = prepared / data.manifest.shards["val"][0]
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(
+        UserError, match=r"shards of val in .* are damaged: they have .* bytes, not"
+    ):
+        data.split("val")
+
+
+def test_a_damaged_shard_of_the_right_size_is_named(prepared: Path) -> None:
+    data = PreparedDataset.open(prepared)
+    shard = prepared / data.manifest.shards["val"][0]
+    shard.write_bytes(bytes(len(shard.read_bytes())))
+    with pytest.raises(UserError, match=r"cannot read .*val-1a2b3c4d-00000\.arrow .*remove it"):
+        data.split("val").captions  # noqa: B018
+
+
+def test_the_shard_of_a_damaged_picture_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "SHARD_IMAGES", 2)
+    writer = ShardWriter(tmp_path, "1a2b3c4d" * 8)
+    for i in range(5):
+        writer.add(Item(f"{i}.jpg", "train", ("x",)), b"jpeg")
+    writer.finish(source="flickr8k", split_name="karpathy", partial="", image_side=8)
+    train = PreparedDataset.open(tmp_path).split("train")
+    for i, number in enumerate((0, 0, 1, 1, 2)):
+        message = str(train.damage(i, "truncated"))
+        assert message.startswith(f"image {i}.jpg of flickr8k train (")
+        assert f"remove {tmp_path}/train/train-1a2b3c4d-0000{number}.arrow and run" in message
 
 
 def test_manifest_reads_back_equal(prepared: Path) -> None:

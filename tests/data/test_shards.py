@@ -46,12 +46,51 @@ def test_continues_after_the_last_whole_shard(tmp_path: Path) -> None:
     assert sorted(p.suffix for p in (tmp_path / "train").iterdir()) == [".arrow"] * 4
 
 
+def test_what_only_lost_a_caption_is_not_done(tmp_path: Path) -> None:
+    first = ShardWriter(tmp_path, KEY)
+    first.reject(Rejected("4", "train", "empty caption"), settled=False)
+    add(first, range(3))
+    second = ShardWriter(tmp_path, KEY)
+    assert second.done == {"0", "1", "2"}
+    second.reject(Rejected("4", "train", "empty caption"), settled=False)
+    add(second, range(5))
+    manifest = second.finish(**FACTS)
+    assert manifest.images == {"train": 5}
+    assert manifest.rejected == {"empty caption": 1}
+
+
+def test_names_that_are_not_utf8_are_listed_as_escapes_and_found_again(tmp_path: Path) -> None:
+    first = ShardWriter(tmp_path, KEY)
+    odd = Rejected("caf\udce9 \ud83d", "train", "truncated")
+    first.reject(odd)
+    first.add(Item("0", "train", ("x",), "/raw/caf\udce9/0.jpg"), b"jpeg")
+    add(first, range(1, 3))
+    second = ShardWriter(tmp_path, KEY)
+    assert list(second.rejected) == [odd]
+    second.finish(**FACTS)
+    assert r"caf\udce9 \ud83d" in (tmp_path / "rejected.jsonl").read_text(encoding="utf-8")
+    assert PreparedDataset.open(tmp_path).split("train").paths[0] == r"/raw/caf\udce9/0.jpg"
+
+
+def test_noting_many_rejected_items_compares_few(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared = []
+    same = Rejected.__eq__
+    monkeypatch.setattr(Rejected, "__eq__", lambda a, b: compared.append(a) or same(a, b))
+    writer = ShardWriter(tmp_path, KEY)
+    for i in range(500):
+        writer.reject(Rejected(f"{i}", "train", "missing"))
+    assert len(compared) < 500
+
+
 def test_another_fingerprint_begins_anew_and_replaces_at_the_end(tmp_path: Path) -> None:
     old = ShardWriter(tmp_path, KEY)
     add(old, range(4))
     old.finish(**FACTS)
     foreign = tmp_path / "train" / "train-of-mine.arrow"
     foreign.write_text("not ours")
+    (tmp_path / "train" / "train-01234567-89abcdef-20.npy.my-host.1.tmp").touch()
 
     new = ShardWriter(tmp_path, "f" * 16)
     assert new.done == set()

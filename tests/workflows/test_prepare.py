@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from vicvlm_cli.data import shards
+from vicvlm_cli.data.decoded import decode
 from vicvlm_cli.data.prepared import PreparedDataset
+from vicvlm_cli.data.sources.listing import Item, Picture
 from vicvlm_cli.errors import UsageError, UserError
 from vicvlm_cli.report.progress import Progress
 from vicvlm_cli.workflows import prepare as workflow
@@ -239,6 +243,96 @@ def test_a_folder_of_pictures_goes_to_prepared(tmp_path: Path) -> None:
     assert sum(data.manifest.images.values()) == 4
     assert Path(data.split("train").paths[0]).is_file()
     assert run(tmp_path, source="folder").skipped_work
+
+
+def test_a_damaged_data_set_is_mended_by_preparing_it_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "SHARD_IMAGES", 4)
+    first = run(flickr8k(tmp_path))
+    data = PreparedDataset.open(first.path)
+    shard = first.path / data.manifest.shards["train"][1]
+    whole = shard.read_bytes()
+
+    shard.write_bytes(whole[:-1000])  # a copy that was interrupted
+    with pytest.raises(UserError, match="damaged: .*run `vicvlm prepare` again"):
+        data.split("train")
+    again = run(tmp_path)
+    assert not again.skipped_work
+    assert again.manifest == first.manifest
+    assert shard.read_bytes() == whole
+
+    at = whole.index(b"JFIF") - 6  # its first picture
+    shard.write_bytes(whole[:at] + bytes(9) + whole[at + 9 :])
+    train = PreparedDataset.open(first.path).split("train")
+    with pytest.raises(UserError, match=f"remove {shard} and run") as error:
+        decode(train, 4, 16)
+    assert "the shards are damaged" in str(error.value)
+    shard.unlink()
+    assert run(tmp_path).manifest == first.manifest
+    assert shard.read_bytes() == whole
+
+
+def test_a_picture_that_lost_a_caption_is_stored_by_the_run_that_continues(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "SHARD_IMAGES", 2)
+    rows = []
+    for i in range(6):
+        (tmp_path / f"{i}.jpg").write_bytes(jpeg(10 * i))
+        rows.append({"file_name": f"{i}.jpg", "captions": ["good"], "split": "train"})
+    rows[4]["captions"] = ["good", " "]
+    rows.append({"file_name": "5.jpg", "captions": ["good"], "split": "val"})
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    real, calls = workflow.encode_image, []
+
+    def killed(source: object, side: int) -> bytes:
+        calls.append(source)
+        if len(calls) > 3:
+            raise KeyboardInterrupt
+        return real(source, side)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(workflow, "encode_image", killed)
+    monkeypatch.setattr(workflow, "_encoded", _one_by_one)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, source="folder", max_bad=1)
+    assert len(list((tmp_path / "prepared" / "train").glob("*.arrow"))) == 1
+    monkeypatch.setattr(workflow, "encode_image", real)
+    result = run(tmp_path, source="folder", max_bad=1)
+    assert result.manifest.images == {"train": 6}
+    assert result.manifest.rejected == {"empty caption": 1, "in two splits": 1}
+
+
+def _one_by_one(pictures: Iterator[tuple[Item, Picture]], side: int, _: int) -> Iterator[object]:
+    for item, picture in pictures:
+        yield item, workflow.encode_image(picture, side)  # type: ignore[arg-type]
+
+
+def test_odd_pictures_and_odd_text_stop_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    rows = []
+    for i in range(3):
+        (folder / f"{i}.jpg").write_bytes(jpeg(10 * i))
+        rows.append({"file_name": f"{i}.jpg", "captions": ["good", "\ud83d"], "split": "train"})
+    Image.new("RGB", (70_000, 2)).save(folder / "long.png")
+    rows.append({"file_name": "long.png", "caption": "a thread", "split": "train"})
+    rows.append({"file_name": "\ud83d.png", "caption": "x", "split": "train"})
+    (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    result = run(folder, source="folder", max_bad=1, output=tmp_path / "out")
+    assert result.manifest.images == {"train": 3}
+    assert result.manifest.rejected == {
+        "caption is not UTF-8": 3,
+        "name is not UTF-8": 1,
+        "no JPEG can hold it": 1,
+    }
+    train = PreparedDataset.open(result.path).split("train")
+    assert train.captions == [["good"]] * 3
+    assert train.paths[0] == str(tmp_path / r"caf\udce9" / "0.jpg")
+    with pytest.raises(UserError, match=r"are bad, .*0\.jpg \(caption is not UTF-8\)"):
+        prepare("folder", folder, image_side=31, output=tmp_path / "out", progress=QUIET)
+    with pytest.raises(UsageError, match=r"caf\\udce9/prepared is no name in UTF-8"):
+        run(folder, source="folder")
 
 
 def test_senseless_options_and_places(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import socket
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -39,6 +41,7 @@ def write_array(
     Raises:
         UserError: there is no room for the file, or it cannot be written.
     """
+    _drop_left_over(path)
     needed = int(np.prod(shape)) * np.dtype(dtype).itemsize
     free = shutil.disk_usage(path.parent).free
     if needed > free:
@@ -46,7 +49,8 @@ def write_array(
             f"{what} takes {needed / 1e9:.1f} GB and {path.parent} has {free / 1e9:.1f} GB left: "
             f"{otherwise}"
         )
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    # The machine's name too: processes of several may write beside each other on a shared disk.
+    beside = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
     try:
         with beside.open("wb") as file:  # not through a map: a full disk kills the process there
@@ -59,3 +63,26 @@ def write_array(
         raise UserError(f"cannot write {what} to {path}: {reason}; {otherwise}") from None
     finally:
         beside.unlink(missing_ok=True)
+
+
+def _drop_left_over(path: Path) -> None:
+    """Give back the room of what killed processes of this machine had written of `path`."""
+    name = rf"{re.escape(path.name)}\.(?:{re.escape(socket.gethostname())}\.)?(\d+)\.tmp"
+    for file in path.parent.glob(f"{path.name}.*.tmp"):
+        if (ours := re.fullmatch(name, file.name)) and not _other_runs(int(ours[1])):
+            file.unlink(missing_ok=True)
+
+
+def _other_runs(process: int) -> bool:
+    """Whether there is such a process beside this one; yes where that cannot be told."""
+    if process == os.getpid():
+        return False
+    if os.name == "nt":  # where os.kill has no signal that only asks
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # of another user
+        pass
+    return True

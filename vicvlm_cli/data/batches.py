@@ -28,6 +28,12 @@ from vicvlm_cli.settings import DataConfig
 AHEAD = 4  # batches made before they are asked for, by each process
 
 
+class RowsError(UserError):
+    """What is wrong with the rows of one process, so that no other can tell of it."""
+
+    own = True
+
+
 @dataclass
 class Batch:
     """What every objective eats.
@@ -218,6 +224,7 @@ def batches(
 
     Raises:
         UserError: the split is smaller than one batch.
+        RowsError: as the batches come, pictures of this process are damaged.
     """
     if plan.batches == 0:
         raise UserError(
@@ -226,8 +233,8 @@ def batches(
         )
     if rows.file is not None:
         return _ahead(rows, plan.endless(start), pin)
-    loader: DataLoader[Batch] = DataLoader(
-        rows,
+    loader: DataLoader[Batch | UserError] = DataLoader(
+        _Handed(rows),
         batch_size=None,
         sampler=plan.endless(start),
         num_workers=workers,
@@ -235,7 +242,32 @@ def batches(
         prefetch_factor=AHEAD if workers else None,
         worker_init_fn=_apart if workers else None,
     )
-    return iter(loader)
+    return _raised(iter(loader))
+
+
+class _Handed(Dataset[Batch | UserError]):
+    """``rows``, with a user's mistake as a value: a loader process makes one raised a traceback."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+
+    def __getitem__(self, rows: np.ndarray) -> Batch | UserError:
+        try:
+            return self.rows[rows]
+        except UserError as error:
+            return error
+
+
+def _raised(loaded: Iterator[Batch | UserError]) -> Iterator[Batch]:
+    """The batches that were ``loaded``.
+
+    Raises:
+        RowsError: one of them was a mistake.
+    """
+    for batch in loaded:
+        if isinstance(batch, UserError):
+            raise RowsError(str(batch))
+        yield batch
 
 
 def _apart(_: int) -> None:

@@ -17,7 +17,6 @@ from vicvlm_cli.data.arrays import read_array, write_array
 from vicvlm_cli.data.images import BadImage
 from vicvlm_cli.data.prepared import Split
 from vicvlm_cli.data.transforms import image_to_array
-from vicvlm_cli.errors import UserError
 from vicvlm_cli.report.progress import Progress
 
 BLOCK = 256  # pictures in flight
@@ -32,10 +31,7 @@ def decode(split: Split, i: int, size: int) -> np.ndarray:
     try:
         return image_to_array(split.image(i, at_least=size), size)
     except BadImage as error:
-        raise UserError(
-            f"image {split.image_ids[i]} of {split.title} is {error.reason}: "
-            "the shards are damaged, run `vicvlm prepare` again"
-        ) from None
+        raise split.damage(i, error.reason) from None
 
 
 class DecodedFile:

@@ -15,6 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit for a warning: a 256 MB RGB image
 JPEG_QUALITY = 90
+JPEG_SIDE = 65_500  # pixels that libjpeg takes at most
 _EXIF_ORIENTATION = 0x0112
 
 # Pillow warns above this limit and raises above twice of it; here both are refused by name.
@@ -64,7 +65,7 @@ def encode_image(source: ImageSource, side: int) -> bytes:
 
     The original bytes are kept where they are already an upright RGB JPEG of that size. A drawn
     image (a `PIL.Image.Image`) is stored at high quality without chroma subsampling.
-    Raises `BadImage` as `load_rgb` does.
+    Raises `BadImage` as `load_rgb` does, and where JPEG cannot hold the picture.
     """
     if isinstance(source, (str, Path)):
         try:
@@ -80,11 +81,15 @@ def encode_image(source: ImageSource, side: int) -> bytes:
         scale = side / min(image.size)
         width, height = (max(side, round(length * scale)) for length in image.size)
         image = image.resize((width, height), Image.Resampling.BICUBIC)
+    if max(image.size) > JPEG_SIDE:  # libjpeg would write to stderr too
+        raise BadImage("no JPEG can hold it")
+    drawn = isinstance(source, Image.Image)
+    options = {"quality": 95, "subsampling": 0} if drawn else {"quality": JPEG_QUALITY}
     buffer = io.BytesIO()
-    if isinstance(source, Image.Image):
-        image.save(buffer, "JPEG", quality=95, subsampling=0)
-    else:
-        image.save(buffer, "JPEG", quality=JPEG_QUALITY)
+    try:  # without what Pillow would take over from the file: it may be too long for a JPEG
+        image.save(buffer, "JPEG", comment=b"", xmp=b"", **options)
+    except Exception:  # as when decoding: one odd picture must not end the run
+        raise BadImage("no JPEG can hold it") from None
     return buffer.getvalue()
 
 

@@ -16,6 +16,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,10 @@ class Manifest:
     vicvlm_version: str = ""
     fingerprint: str = ""
     format_version: int = FORMAT_VERSION
+
+    def size_on_disk(self, path: Path, split: str) -> int:
+        """Bytes of a split's shards below `path`. Raises OSError if one is gone."""
+        return sum((path / file).stat().st_size for file in self.shards[split])
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
@@ -103,7 +108,7 @@ class PreparedDataset:
         return list(self.manifest.images)
 
     def split(self, name: str) -> Split:
-        """Raises UserError naming the splits there are, or the shard that is gone."""
+        """Raises UserError: no such split, or its shards are gone or not as they were written."""
         if name not in self.manifest.images:
             raise UserError(
                 f"{self.path} has no split '{name}'; it has {', '.join(self.splits)} "
@@ -113,6 +118,12 @@ class PreparedDataset:
         for file in files:
             if not file.is_file():
                 raise UserError(f"{file} is gone; run `vicvlm prepare` again")
+        size, written = self.manifest.size_on_disk(self.path, name), self.manifest.size_bytes[name]
+        if size != written:
+            raise UserError(
+                f"the shards of {name} in {self.path} are damaged: they have {size:,} bytes, not "
+                f"{written:,}; run `vicvlm prepare` again"
+            )
         return Split(name, self.manifest, files)
 
 
@@ -126,7 +137,7 @@ class Split:
         self._files = files
 
     def __getstate__(self) -> dict[str, Any]:
-        opened = {"_data", "_pictures", "captions", "image_ids", "paths"}
+        opened = {"_shards", "_data", "_pictures", "captions", "image_ids", "paths"}
         return {key: value for key, value in self.__dict__.items() if key not in opened}
 
     def __len__(self) -> int:
@@ -147,11 +158,14 @@ class Split:
         return f"{manifest.source} {self.name} ({', '.join(facts)})"
 
     @cached_property
+    def _shards(self) -> list[Any]:
+        return [_open_shard(file) for file in self._files]
+
+    @cached_property
     def _data(self) -> Any:
         import datasets
 
-        shards = [datasets.Dataset.from_file(str(file)) for file in self._files]
-        whole = datasets.concatenate_datasets(shards)
+        whole = datasets.concatenate_datasets(self._shards)
         return whole.cast_column("image", datasets.Image(decode=False))
 
     @cached_property
@@ -184,3 +198,28 @@ class Split:
         `at_least` as in `images.load_rgb`.
         """
         return load_rgb(self._pictures[i]["bytes"].as_py(), at_least)
+
+    def damage(self, i: int, reason: str) -> UserError:
+        """What to tell the user of image `i` that cannot be decoded.
+
+        Its shard has the right size, so `vicvlm prepare` makes it again only once it is gone.
+        """
+        ends = accumulate(map(len, self._shards))
+        file = next(file for file, end in zip(self._files, ends, strict=True) if i < end)
+        return UserError(
+            f"image {self.image_ids[i]} of {self.title} is {reason}: the shards are damaged, "
+            f"remove {file} and run `vicvlm prepare` again"
+        )
+
+
+def _open_shard(file: Path) -> Any:
+    import datasets
+    import pyarrow
+
+    try:
+        return datasets.Dataset.from_file(str(file))
+    except (OSError, ValueError, TypeError, KeyError, pyarrow.ArrowException) as error:
+        raise UserError(
+            f"cannot read {file} ({error}): if it is damaged, remove it and run "
+            "`vicvlm prepare` again"
+        ) from None

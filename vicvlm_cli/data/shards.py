@@ -15,19 +15,22 @@ from pathlib import Path
 from typing import Any
 
 from vicvlm_cli.data.prepared import MANIFEST, REJECTED, Manifest, split_hash
-from vicvlm_cli.data.sources.listing import SPLITS, Item, Rejected
+from vicvlm_cli.data.sources.listing import SPLITS, Item, Rejected, printable
 
 SHARD_IMAGES = 1000
 SHARD_BYTES = 64 << 20
 _OURS = re.compile(
-    r"(?P<split>\w+)-[0-9a-f]{8}-(\d{5}\.(arrow|json)|[0-9a-f]{8}-\d+\.npy)(\.\d+\.tmp)?"
+    r"(?P<split>\w+)-[0-9a-f]{8}-(\d{5}\.(arrow|json)|[0-9a-f]{8}-\d+\.npy)(\.[\w.-]+\.tmp)?"
 )
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file so that it appears whole or not at all."""
+    """Write a text file so that it appears whole or not at all.
+
+    A lone surrogate is written as its escape, which JSON reads back.
+    """
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    beside.write_text(text, encoding="utf-8", errors="surrogateescape")
+    beside.write_text(text, encoding="utf-8", errors="backslashreplace")
     os.replace(beside, path)
 
 
@@ -48,7 +51,7 @@ class ShardWriter:
         self.path = path
         self.fingerprint = fingerprint
         self.done: set[str] = set()
-        self.rejected: list[Rejected] = []
+        self.rejected: dict[Rejected, None] = {}  # a set that keeps the order
         self._images = dict.fromkeys(SPLITS, 0)
         self._open = {split: _OpenShard() for split in SPLITS}
         self._finished: dict[str, list[str]] = {split: [] for split in SPLITS}
@@ -66,12 +69,16 @@ class ShardWriter:
         if len(shard.rows) >= SHARD_IMAGES or shard.size >= SHARD_BYTES:
             self._flush(item.split)
 
-    def reject(self, rejected: Rejected) -> None:
-        """Note an item that is left out (once, though an earlier run may have noted it too)."""
+    def reject(self, rejected: Rejected, settled: bool = True) -> None:
+        """Note what is left out (once, though an earlier run may have noted it too).
+
+        Not `settled` is an item of which only a caption or a second split is left out: it may still
+        be stored, so no later run may take it for done.
+        """
         if rejected in self.rejected:
             return
-        self.rejected.append(rejected)
-        if rejected.split in self._open:
+        self.rejected[rejected] = None
+        if settled and rejected.split in self._open:
             self._open[rejected.split].rejected.append(rejected)
 
     def write_rejected(self) -> None:
@@ -126,7 +133,7 @@ class ShardWriter:
         self._images[split] += len(stored)
         self.done.update(stored)
         self.done.update(item.image_id for item in rejected)
-        self.rejected.extend(rejected)
+        self.rejected.update(dict.fromkeys(rejected))
         self._finished[split].append(f"{split}/{shard.name}")
         return True
 
@@ -148,14 +155,14 @@ class ShardWriter:
         beside = target.with_name(f"{target.name}.{os.getpid()}.tmp")
         with ArrowWriter(path=str(beside), features=features) as writer:
             for item, data in content.rows:
-                name = Path(item.path).name
+                path = printable(item.path)
                 writer.write(
                     {
                         "image_id": item.image_id,
                         "split": item.split,
-                        "image": {"bytes": data, "path": name},
+                        "image": {"bytes": data, "path": Path(path).name},
                         "captions": list(item.captions),
-                        "path": item.path,
+                        "path": path,
                     }
                 )
             writer.finalize()

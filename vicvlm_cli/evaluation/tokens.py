@@ -128,10 +128,7 @@ def encode_split(
             views=views,
         ):
             for i, reason in batch.bad:
-                raise UserError(
-                    f"image {split.image_ids[i]} of {split.title} is {reason}: "
-                    "the shards are damaged, run `vicvlm prepare` again"
-                )
+                raise split.damage(i, reason)
             index = torch.tensor(batch.rows)
             image[index] = batch.encoded.features.cpu()
             if image_tokens is not None:

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from vicvlm_cli.data.sources.listing import (
     digest_of,
     draw,
     partial_text,
+    printable,
 )
 from vicvlm_cli.errors import UsageError, UserError
 from vicvlm_cli.report.progress import Progress
@@ -74,6 +76,8 @@ def prepare(
         raise UsageError(f"--max-bad is a fraction between 0 and 1, not {max_bad}")
     directory = Path(directory)
     output = Path(output) if output is not None else directory / output_name(source)
+    if (shown := printable(str(output))) != str(output):
+        raise UsageError(f"{shown} is no name in UTF-8, which shards need: choose another --output")
     try:
         listing = find_source(
             source,
@@ -127,13 +131,13 @@ def _build(
 
 
 def _whole(output: Path) -> Manifest | None:
-    """The manifest of the data set in `output`, if all of it is there."""
+    """The manifest of the data set in `output`, if all of it is there, to the last byte."""
     try:
         manifest = Manifest.read(output)
-    except UserError:
+        sizes = {split: manifest.size_on_disk(output, split) for split in manifest.shards}
+    except (UserError, OSError):
         return None
-    files = [output / file for shards in manifest.shards.values() for file in shards]
-    return manifest if all(file.is_file() for file in files) else None
+    return manifest if sizes == manifest.size_bytes else None
 
 
 def _fill(
@@ -147,8 +151,8 @@ def _fill(
     """Encode every picture that is not done yet; pictures that never come are "missing"."""
     waiting = {item.image_id: item for item in listing.items() if item.image_id not in writer.done}
     gate = _Gate(writer, listing, max_bad)
-    for rejected in listing.rejected:
-        gate.reject(rejected)
+    for rejected in listing.rejected:  # found again by every run
+        gate.reject(rejected, settled=False)
     with progress.bar("prepare", listing.total, "images") as bar:
         bar.advance(listing.total - len(waiting))
         for item, data in _encoded(listing.stream(writer.done), image_side, workers):
@@ -196,13 +200,16 @@ class _Gate:
         self.listing = listing
         self.max_bad = max_bad
 
-    def reject(self, rejected: Rejected) -> None:
-        self.writer.reject(rejected)
+    def reject(self, rejected: Rejected, settled: bool = True) -> None:
+        self.writer.reject(rejected, settled)
         bad, total = len(self.writer.rejected), self.listing.total
         if bad <= self.max_bad * total:
             return
         self.writer.write_rejected()
-        first = ", ".join(f"{item.image_id} ({item.reason})" for item in self.writer.rejected[:5])
+        first = ", ".join(
+            f"{printable(item.image_id)} ({item.reason})"
+            for item in islice(self.writer.rejected, 5)
+        )
         raise UserError(
             f"at least {bad:,} of {total:,} images are bad, more than --max-bad "
             f"{self.max_bad:g} allows: {first}; see {self.writer.path / REJECTED}, mend or remove "

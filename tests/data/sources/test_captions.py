@@ -108,6 +108,18 @@ def test_kaggle_captions_with_quotes_and_commas(tmp_path: Path) -> None:
     ]
 
 
+def test_a_caption_of_several_lines_is_one_but_an_open_quote_is_told(tmp_path: Path) -> None:
+    head = 'file_name,caption\na.jpg,"one\ntwo"\n'
+    assert read_table(raw(tmp_path, "captions.csv", head)) == [("a.jpg", None, ["one\ntwo"])]
+    for tail in (
+        'b.jpg,"open\nc.jpg,three\n',  # up to the end of the file
+        'b.jpg,"open\nc.jpg,"three, four"\n',  # up to the next quotation mark
+        'b.jpg,"open\n' + "c.jpg,three\n" * 15_000 + 'd.jpg,"four"\n',  # beyond csv's limit
+    ):
+        with pytest.raises(UserError, match=r"captions\.csv, line 4: no row of a table .*close"):
+            read_table(raw(tmp_path, "captions.csv", head + tail))
+
+
 def test_tables_with_splits_lists_and_a_byte_order_mark(tmp_path: Path) -> None:
     text = '\ufefffile_name\tcaptions\tsplit\na.png\t["x", "y"]\tvalidation\nb.png\tz\ttest\n'
     assert read_table(raw(tmp_path, "captions.tsv", text)) == [

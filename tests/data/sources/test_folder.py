@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import unicodedata
 from collections import Counter
 from pathlib import Path
@@ -124,6 +125,73 @@ def test_unicode_names_match_however_they_are_composed(tmp_path: Path) -> None:
     listing = find_source("folder", tmp_path)
     assert captions(listing) == {name: ("x",)}
     assert len(list(listing.stream(set()))) == 1
+
+
+def test_text_that_is_not_utf8_is_left_out(tmp_path: Path) -> None:
+    pictures(tmp_path, "a.png", "b.png", "caf\udce9.png")
+    jsonl(
+        tmp_path / "captions.jsonl",
+        {"file_name": "a.png", "captions": ["half \ud83d", "whole"], "split": "train"},
+        {"file_name": "b.png", "captions": ["\ud83d"], "split": "train"},
+        {"file_name": "caf\udce9.png", "caption": "x", "split": "train"},
+    )
+    listing = find_source("folder", tmp_path)
+    assert captions(listing) == {"a.png": ("whole",)}
+    assert {(bad.image_id, bad.reason) for bad in listing.rejected} == {
+        ("a.png", "caption is not UTF-8"),
+        ("b.png", "caption is not UTF-8"),
+        ("b.png", "no caption"),
+        ("caf\udce9.png", "name is not UTF-8"),
+    }
+
+
+def test_links_to_folders_list_no_picture_twice(tmp_path: Path) -> None:
+    pictures(tmp_path, "z/a.png")
+    (tmp_path / "z" / "a.txt").write_text("x")
+    (tmp_path / "latest").symlink_to(".")
+    (tmp_path / "beside").symlink_to("z")
+    (tmp_path / "itself").symlink_to("itself")
+    listing = find_source("folder", tmp_path)
+    assert captions(listing) == {"z/a.png": ("x",)}
+    assert listing.warnings == []
+
+
+def test_links_out_of_the_folder_are_followed(tmp_path: Path) -> None:
+    pictures(tmp_path, "away/a.png", "raw/b.png", "raw/m/c.png")
+    (tmp_path / "raw" / "l").symlink_to(tmp_path / "away")
+    names = ["b.png", "l/a.png", "m/c.png"]
+    for name in names:
+        (tmp_path / "raw" / name).with_suffix(".txt").write_text(name)
+    assert list(captions(find_source("folder", tmp_path / "raw"))) == names
+
+
+def test_captions_may_name_a_picture_through_a_link(tmp_path: Path) -> None:
+    pictures(tmp_path, "z/a.png")
+    (tmp_path / "latest").symlink_to("z")
+    jsonl(tmp_path / "captions.jsonl", {"file_name": "latest/a.png", "caption": "x"})
+    ((item, picture),) = find_source("folder", tmp_path).stream(set())
+    assert (item.image_id, picture) == ("latest/a.png", tmp_path / "latest" / "a.png")
+
+
+def test_a_folder_that_cannot_be_read_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures(tmp_path, "a.png", "shut/b.png")
+    (tmp_path / "a.txt").write_text("x")
+    scan = os.scandir
+
+    def scandir(place: Path) -> object:
+        if Path(place) == tmp_path / "shut":
+            raise PermissionError(13, "Permission denied")
+        return scan(place)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    told = rf"cannot read the folder {tmp_path / 'shut'} (Permission denied): make it readable"
+    assert told in find_source("folder", tmp_path).warnings[0]
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(NothingFound) as error:
+        find_source("folder", tmp_path)
+    assert told in str(error.value)
 
 
 def test_what_was_prepared_is_no_raw_material(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import tarfile
 import zipfile
 from collections import Counter
@@ -270,6 +271,25 @@ def test_half_of_it_found_says_which_half(tmp_path: Path) -> None:
     (tmp_path / "dataset_flickr8k.json").write_bytes(karpathy())
     with pytest.raises(NothingFound, match="no pictures of flickr8k"):
         find_source("flickr8k", tmp_path)
+
+
+def test_a_folder_that_cannot_be_read_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures(tmp_path / "flickr8k" / "shut")
+    (tmp_path / "dataset_flickr8k.json").write_bytes(karpathy())
+    scan = os.scandir
+
+    def scandir(place: Path) -> object:
+        if Path(place).name == "shut":
+            raise PermissionError(13, "Permission denied")
+        return scan(place)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(NothingFound, match=r"no pictures of .*cannot read the folder .*shut"):
+        find_source("flickr8k", tmp_path)
+    pictures(tmp_path / "images")
+    assert "cannot read the folder" in find_source("flickr8k", tmp_path).warnings[0]
 
 
 def test_unknown_source_gets_a_hint(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from vicvlm_cli.data.sources.files import RawFile
@@ -97,7 +97,10 @@ def read_token(file: RawFile) -> list[Captioned]:
 
 
 def read_table(file: RawFile) -> list[Captioned]:
-    """.csv, .tsv, Kaggle's results.csv (with '|') and captions.txt: columns found by the header."""
+    """.csv, .tsv, Kaggle's results.csv (with '|') and captions.txt: columns found by the header.
+
+    Raises UserError: no such columns, or a quotation mark that swallows other rows.
+    """
     text = read_text(file)
     header, _, body = text.partition("\n")
     delimiter = max("\t|;,", key=header.count) if not file.name.endswith(".tsv") else "\t"
@@ -110,12 +113,7 @@ def read_table(file: RawFile) -> list[Captioned]:
         )
     split = columns.index("split") if "split" in columns else None
     result = []
-    lines = io.StringIO(body, newline="")
-    if delimiter == "|":  # Kaggle's results.csv quotes nothing, but some captions begin with "
-        rows = csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE)
-    else:
-        rows = csv.reader(lines, delimiter=delimiter)
-    for row in rows:
+    for row in _rows(file, body, delimiter):
         if not any(cell.strip() for cell in row):
             continue
         row = _mended(row, len(columns))
@@ -185,6 +183,31 @@ def json_list(cell: str) -> list[str]:
     except ValueError:
         value = cell
     return as_list(value)
+
+
+def _rows(file: RawFile, body: str, delimiter: str) -> Iterator[list[str]]:
+    """The rows of a table below its header."""
+    lines = list(io.StringIO(body, newline=""))
+    if delimiter == "|":  # Kaggle's results.csv quotes nothing, but some captions begin with "
+        reader = csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE)
+    else:
+        reader = csv.reader(lines, delimiter=delimiter)
+    while True:
+        first = reader.line_num
+        try:
+            row = next(reader, None)
+            if reader.line_num > first + 1:
+                # An unclosed quotation mark goes on to the next one, or to the end: what follows it
+                # there is a delimiter only where the caption was meant to have several lines.
+                next(csv.reader(lines[first : reader.line_num], delimiter=delimiter, strict=True))
+        except csv.Error as error:
+            raise UserError(
+                f"{file}, line {first + 2}: no row of a table ({error}); close the quotation mark "
+                'that opens there, or write "" for one that belongs to the caption'
+            ) from None
+        if row is None:
+            return
+        yield row
 
 
 def _mended(row: list[str], columns: int) -> list[str]:

@@ -10,7 +10,8 @@ import tarfile
 import unicodedata
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -61,39 +62,68 @@ def is_archive(path: Path) -> bool:
     return is_zip(path) or is_compressed_tar(path) or path.name.lower().endswith(".tar")
 
 
-def walk(folder: Path, depth: int) -> Iterator[Path]:
-    """The files below `folder`, in order of name, hidden ones left out. Unreadable: none."""
-    try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError:
-        return
-    for entry in entries:
-        if entry.name.startswith("."):
+def walk(folder: Path, depth: int, warnings: list[str]) -> list[Path]:
+    """The files below `folder`, in order of name, hidden ones left out.
+
+    A folder counts once, whatever links lead to it, and by its own name where that is below
+    `folder` too: a link to a folder above would go round, one beside would double every picture.
+    A folder that cannot be read is told in `warnings`.
+    """
+    found: list[Path] = []
+    seen: set[tuple[int, int]] = set()
+    folders, links = [(folder, depth)], deque[tuple[Path, int]]()
+    while folders or links:
+        place, depth = folders.pop() if folders else links.popleft()
+        try:
+            status = place.stat()
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            entries = [entry for entry in os.scandir(place) if not entry.name.startswith(".")]
+        except (FileNotFoundError, NotADirectoryError):
             continue
-        if entry.is_dir():
-            if depth > 0:
-                yield from walk(Path(entry.path), depth - 1)
-        else:
-            yield Path(entry.path)
+        except OSError as error:
+            warnings.append(_unreadable(place, error))
+            continue
+        for entry in entries:
+            linked = entry.is_symlink()
+            # isdir takes a link to itself, too; of what is no link, the entry knows without a look.
+            if not (os.path.isdir(entry) if linked else entry.is_dir(follow_symlinks=False)):
+                found.append(Path(entry.path))
+            elif depth > 0:
+                (links if linked else folders).append((Path(entry.path), depth - 1))
+    return sorted(found)
 
 
-def look(directory: Path, source: str, folders: Iterable[str], hints: Iterable[str]) -> list[Path]:
+def _unreadable(folder: Path, error: OSError) -> str:
+    reason = error.strerror or error
+    return f"cannot read the folder {folder} ({reason}): make it readable, or it is left out"
+
+
+def look(
+    directory: Path,
+    source: str,
+    folders: Iterable[str],
+    hints: Iterable[str],
+    warnings: list[str],
+) -> list[Path]:
     """Files of a source: DIR/SOURCE and the known `folders` in DIR as trees, and DIR itself.
 
     Other data sets may lie in DIR, so of the archives there only those count whose name holds one
-    of `hints`.
+    of `hints`. Folders that cannot be read are told in `warnings`.
     """
-    found = list(walk(directory / source, 3))
+    found = walk(directory / source, 3, warnings)
     trees = {name.lower() for name in folders} - {source.lower()}
     try:
         entries = sorted(directory.iterdir())
-    except OSError:
+    except OSError as error:
+        warnings.append(_unreadable(directory, error))
         entries = []
     for entry in entries:
         name = entry.name.lower()
-        if entry.is_dir():
+        if os.path.isdir(entry):
             if name in trees:
-                found.extend(walk(entry, 2))
+                found.extend(walk(entry, 2, warnings))
         elif not is_archive(entry) or any(hint in name for hint in hints):
             found.append(entry)
     return found

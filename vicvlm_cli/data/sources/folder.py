@@ -7,6 +7,7 @@ a line.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,17 +45,23 @@ def list_folder(directory: Path, *, seed: int, split_scheme: str | None) -> List
     by chance. Raises NothingFound: no pictures, or no captions; UserError: a damaged file.
     """
     prepared = directory / "prepared"
+    warnings: list[str] = []
     files = {
         tidy(path.relative_to(directory).as_posix()): path
-        for path in walk(directory, DEPTH)
+        for path in walk(directory, DEPTH, warnings)
         if prepared not in path.parents
     }
     pictures = [name for name in files if is_picture(name)]
+    unread = "".join(f"; {warning}" for warning in warnings)
     if not pictures:
-        raise NothingFound(f"there are no pictures in {directory}; put them there, and {HOW}")
+        raise NothingFound(
+            f"there are no pictures in {directory}; put them there, and {HOW}{unread}"
+        )
     entries, rejected = _entries(directory, files, pictures)
     if not entries:
-        raise NothingFound(f"the {len(pictures):,} pictures in {directory} have no captions; {HOW}")
+        raise NothingFound(
+            f"the {len(pictures):,} pictures in {directory} have no captions; {HOW}{unread}"
+        )
 
     items, bad = collect([(e.image, e.image, e.split, e.captions) for e in entries])
     by_folder = {name: split_name(name.partition("/")[0]) for name in items}
@@ -66,7 +73,12 @@ def list_folder(directory: Path, *, seed: int, split_scheme: str | None) -> List
         f"the captions in {directory}",
     )
     rejected += bad + no_split
-    warnings = []
+    # Captions may name a picture through a linked folder, which `walk` lists by one name only.
+    files |= {
+        name: directory / name
+        for name in items
+        if name not in files and os.path.isfile(directory / name)
+    }
     if bare := len(set(pictures) - {entry.image for entry in entries}):
         warnings.append(f"{bare:,} pictures in {directory} have no caption and were left out")
 

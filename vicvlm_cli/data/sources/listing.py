@@ -75,6 +75,11 @@ def digest_of(*facts: object) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
+def printable(text: str) -> str:
+    """`text` as UTF-8 can hold it: a lone surrogate (of a file name, of JSON) is escaped."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def draw(picture: Picture) -> ImageSource:
     """The picture itself."""
     if callable(picture) and not isinstance(picture, Image.Image):
@@ -108,16 +113,21 @@ def collect(
     rejected = []
     for key, image_id, split, texts in entries:
         split = split or ""
+        if image_id != printable(image_id):
+            rejected.append(Rejected(image_id, split, "name is not UTF-8"))
+            continue
         if first.setdefault(key, (image_id, split))[1] != split:
             rejected.append(Rejected(image_id, split, "in two splits"))
             continue
         said = captions.setdefault(key, [])
         for text in texts:
             text = " ".join(text.split())
-            if text:
-                said.append(text)
-            else:
+            if not text:
                 rejected.append(Rejected(image_id, split, "empty caption"))
+            elif text != printable(text):
+                rejected.append(Rejected(image_id, split, "caption is not UTF-8"))
+            else:
+                said.append(text)
     items = {}
     for key, (image_id, split) in first.items():
         if captions[key]:

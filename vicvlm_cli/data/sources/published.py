@@ -62,14 +62,15 @@ def find_published(
 
     Raises NothingFound (which files to get), UserError (damaged file), UsageError (no such split).
     """
-    files = look(directory, data.name, data.folders, data.hints)
+    warnings: list[str] = []
+    files = look(directory, data.name, data.folders, data.hints, warnings)
     raw = list_raw(files)
     captions: dict[str, Callable[[], list[Captioned]]] = {}
     for kind in data.captions:
         if found := select(raw, kind.pattern):
             chosen = found if kind.parts else found[:1]
             captions.setdefault(kind.scheme or "", _reading(kind, chosen))
-    _check_found(data, directory, bool(captions), has_pictures(files))
+    _check_found(data, directory, bool(captions), has_pictures(files), warnings)
 
     lists = select(raw, data.split_lists.pattern) if data.split_lists else []
     listed = [data.split_lists.scheme] if data.split_lists and lists else []
@@ -88,7 +89,6 @@ def find_published(
     if name not in listed:  # a list may leave pictures out
         rejected += no_split
 
-    warnings = []
     if split_scheme is None and name != "karpathy":
         warnings.append(_not_karpathy(data.name, name))
     pictures = [path for path in files if is_archive(path) or data.key(path.name) in items]
@@ -114,14 +114,16 @@ def _reading(kind: CaptionFiles, files: list[RawFile]) -> Callable[[], list[Capt
     return lambda: [entry for file in files for entry in kind.reader(file)]
 
 
-def _check_found(data: PublishedData, directory: Path, captions: bool, pictures: bool) -> None:
+def _check_found(
+    data: PublishedData, directory: Path, captions: bool, pictures: bool, warnings: list[str]
+) -> None:
     if captions and pictures:
         return
     what = "captions" if pictures else "pictures" if captions else "files"
     raise NothingFound(
         f"no {what} of {data.name} in {directory} or {directory / data.name}; {data.get} "
         f"Put them as they are into {directory / data.name} (there is no need to unpack them) "
-        f"and run this again"
+        f"and run this again" + "".join(f"; {warning}" for warning in warnings)
     )
 
 
