@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ def test_a_gallery_comes_back_as_it_was(tmp_path):
     made.save(tmp_path / "new" / "gallery")
     read = Gallery.open(tmp_path / "new" / "gallery")
     assert torch.equal(read.features, made.features)
-    assert replace(read, features=None) == replace(made, features=None)
+    assert replace(read, features=None, items=list(read.items)) == replace(made, features=None)
     assert len(read) == 4
     header = json.loads((tmp_path / "new" / "gallery" / "gallery.json").read_text())
     assert (header["count"], header["dim"], header["skipped"]) == (4, 6, 1)
@@ -90,6 +91,46 @@ def test_a_failed_save_leaves_the_old_gallery(tmp_path, monkeypatch):
         make(n=2).save(path)
     assert len(Gallery.open(path)) == 4
     assert [p.name for p in tmp_path.iterdir()] == ["gallery"]
+
+
+def test_a_line_is_parsed_when_it_is_asked_for(tmp_path):
+    make(n=3).save(tmp_path)
+    first, _, last = (tmp_path / "items.jsonl").read_bytes().splitlines()
+    (tmp_path / "items.jsonl").write_bytes(first + b'\n{"path": "a.j\n' + last + b"\n")
+    gallery = Gallery.open(tmp_path)
+    made = make(n=3).items
+    assert len(gallery) == len(gallery.items) == 3
+    assert (gallery.items[0], gallery.items[-1], gallery.items[::2]) == (
+        made[0],
+        made[2],
+        made[::2],
+    )
+    assert gallery.location(2) == str(Path("photos") / made[2].path)
+    assert gallery.search(gallery.features[2], k=3)[1][0, 0] == 2
+    with pytest.raises(IndexError):
+        gallery.items[3]
+    for read in (lambda: gallery.location(1), lambda: gallery.items[:2], lambda: [*gallery.items]):
+        with pytest.raises(UserError, match=r"the gallery .* is damaged: run `vicvlm embed` again"):
+            read()
+
+
+def test_a_gallery_of_the_first_format_is_read(tmp_path):
+    make().save(tmp_path)
+    header = json.loads((tmp_path / "gallery.json").read_text())
+    del header["views"]
+    (tmp_path / "gallery.json").write_text(json.dumps(header | {"format_version": 1}))
+    lines = [json.loads(line) for line in (tmp_path / "items.jsonl").read_text().splitlines()]
+    assert all(line.pop("stamp") == "" for line in lines)
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    read = Gallery.open(tmp_path)
+    assert (list(read.items), read.views) == (make().items, None)
+
+
+def test_where_no_gallery_can_be_written(tmp_path):
+    (tmp_path / "file").write_text("precious")
+    words = r"cannot write the gallery .*: make room there, or choose another directory"
+    with pytest.raises(UserError, match=words):
+        make().save(tmp_path / "file" / "gallery")
 
 
 def break_it(path, how):

@@ -1,9 +1,9 @@
 """A gallery on disk: one directory that is written whole.
 
 features.safetensors    features [n, P] float32, rows of unit length; off [n] float32
-items.jsonl             a line a picture: path, id, captions, split, index
+items.jsonl             a line a picture: path, id, captions, split, index, stamp
 skipped.jsonl           a line a picture that could not be read: path, reason
-gallery.json            format version, model (path, sha256), where the pictures lie, counts
+gallery.json            format version, model (path, sha256), views, where the pictures lie, counts
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from PIL import Image
@@ -24,21 +25,11 @@ from torch import Tensor
 from vicvlm_cli.data.images import load_rgb
 from vicvlm_cli.data.prepared import PreparedDataset, Split
 from vicvlm_cli.errors import UserError
+from vicvlm_cli.gallery.items import GalleryItem, StoredItems, damaged, read_lines, write_lines
 from vicvlm_cli.gallery.search import exact_top_k
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: items have stamps
 HEADER = "gallery.json"
-
-
-@dataclass(frozen=True)
-class GalleryItem:
-    """One picture: its path below the source, an id, its captions, and its place in a split."""
-
-    path: str
-    id: str
-    captions: list[str] = field(default_factory=list)
-    split: str = ""
-    index: int = 0
 
 
 @dataclass
@@ -48,17 +39,19 @@ class Gallery:
     `off` [n] is what the model's query bank takes off the cosines of each row, a hub or not, with
     words that look for it; None, as in older galleries, is nothing.
     `source` is the folder of pictures or the prepared data set (`prepared`) that they come from;
-    `model_sha256` and `model_path` name the checkpoint that made the features.
+    `model_sha256` and `model_path` name the checkpoint that made the features, each the mean over
+    the picture's `views` (None, as in older galleries, is unknown).
     """
 
     features: Tensor
-    items: list[GalleryItem]
+    items: Sequence[GalleryItem]
     model_sha256: str
     model_path: str
     source: str
     prepared: bool = False
     skipped: list[tuple[str, str]] = field(default_factory=list)
     off: Tensor | None = None
+    views: int | None = None
     _splits: dict[str, Split] = field(default_factory=dict, init=False, repr=False)
 
     def __len__(self) -> int:
@@ -110,11 +103,11 @@ class Gallery:
         Raises UserError where something else is there, or where it cannot be written.
         """
         path = Path(path)
-        if _is_foreign(path):
-            raise UserError(f"{path} exists and is not a gallery: choose another directory")
+        check_output(path)
         header = {
             "format_version": FORMAT_VERSION,
             "model": {"path": self.model_path, "sha256": self.model_sha256},
+            "views": self.views,
             "source": self.source,
             "prepared": self.prepared,
             "count": len(self.items),
@@ -129,8 +122,8 @@ class Gallery:
             tensors = {"features": self.features.contiguous()}
             tensors |= {} if self.off is None else {"off": self.off.contiguous()}
             save_file(tensors, beside / "features.safetensors")
-            _write_lines(beside / "items.jsonl", (asdict(item) for item in self.items))
-            _write_lines(
+            write_lines(beside / "items.jsonl", (vars(item) for item in self.items))
+            write_lines(
                 beside / "skipped.jsonl", ({"path": p, "reason": r} for p, r in self.skipped)
             )
             (beside / HEADER).write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
@@ -139,7 +132,7 @@ class Gallery:
             os.replace(beside, path)
             shutil.rmtree(old, ignore_errors=True)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"cannot write the gallery {path}: {error}") from error
+            raise _unwritable(path, error) from error
         finally:
             shutil.rmtree(beside, ignore_errors=True)
 
@@ -155,7 +148,7 @@ class Gallery:
                 f"{path} is not a gallery (it has no {HEADER}); make one with `vicvlm embed`"
             ) from None
         except (OSError, ValueError, KeyError, TypeError):
-            raise _damaged(path) from None
+            raise damaged(path) from None
         if version > FORMAT_VERSION:
             raise UserError(
                 f"{path} has format {version}, and this vicvlm reads up to {FORMAT_VERSION}: "
@@ -165,8 +158,8 @@ class Gallery:
             tensors = load_file(path / "features.safetensors")
             features, off = tensors["features"].float(), tensors.get("off")
             off = None if off is None else off.float()
-            items = [GalleryItem(**line) for line in _read_lines(path / "items.jsonl")]
-            skipped = [(s["path"], s["reason"]) for s in _read_lines(path / "skipped.jsonl")]
+            items = StoredItems(path, "items.jsonl")
+            skipped = [(s["path"], s["reason"]) for s in read_lines(path / "skipped.jsonl")]
             gallery = cls(
                 features=features,
                 items=items,
@@ -176,33 +169,36 @@ class Gallery:
                 prepared=header["prepared"],
                 skipped=skipped,
                 off=off,
+                views=header.get("views"),
             )
         except (OSError, SafetensorError, ValueError, KeyError, TypeError):
-            raise _damaged(path) from None
+            raise damaged(path) from None
         shape = (header.get("count"), header.get("dim"))
         if tuple(features.shape) != shape or len(items) != len(features):
-            raise _damaged(path)
+            raise damaged(path)
         if off is not None and (off.shape != features.shape[:1] or not off.isfinite().all()):
-            raise _damaged(path)
+            raise damaged(path)
         return gallery
 
 
-def _damaged(path: Path) -> UserError:
-    return UserError(f"the gallery {path} is damaged: run `vicvlm embed` again")
+def check_output(path: Path) -> None:
+    """Makes the folder above `path`; raises UserError where no gallery can be written to `path`."""
+    try:
+        if path.exists() and not _is_replaceable(path):
+            raise UserError(f"{path} exists and is not a gallery: choose another directory")
+        parent = path.resolve().parent
+        parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise _unwritable(path, error) from error
 
 
-def _is_foreign(path: Path) -> bool:
-    if not path.exists():
-        return False
-    return not path.is_dir() or (any(path.iterdir()) and not (path / HEADER).is_file())
+def _is_replaceable(path: Path) -> bool:
+    return path.is_dir() and (not any(path.iterdir()) or (path / HEADER).is_file())
 
 
-def _write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    # File names need not be UTF-8: their stray bytes go through unchanged.
-    with path.open("w", encoding="utf-8", errors="surrogateescape") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    with path.open(encoding="utf-8", errors="surrogateescape") as file:
-        return [json.loads(line) for line in file]
+def _unwritable(path: Path, error: Exception) -> UserError:
+    return UserError(
+        f"cannot write the gallery {path} ({error}): make room there, or choose another directory"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,10 +13,13 @@ from PIL import Image
 from vicvlm_cli.checkpoint import load_model
 from vicvlm_cli.data.images import load_rgb
 from vicvlm_cli.data.prepared import MANIFEST, PreparedDataset
+from vicvlm_cli.data.sources.files import stamp, walk
 from vicvlm_cli.errors import UsageError, UserError
+from vicvlm_cli.gallery.items import GalleryItem
 from vicvlm_cli.gallery.results import EmbedResult
-from vicvlm_cli.gallery.store import Gallery, GalleryItem
-from vicvlm_cli.inference import IMAGE_BATCH, encode_image_batches
+from vicvlm_cli.gallery.store import Gallery, check_output
+from vicvlm_cli.gallery.unfinished import Unfinished
+from vicvlm_cli.inference import IMAGE_BATCH, LoadedModel, encode_image_batches
 from vicvlm_cli.report.progress import Progress
 
 # Whatever else Pillow may read (PDF, EPS, ...) is hardly a picture of a collection.
@@ -40,70 +44,71 @@ def embed(
     """Embeds every picture of `source` and writes a gallery.
 
     Args:
-        source: a prepared data set, or a folder of pictures (subfolders included, hidden files
-            left out).
+        source: a prepared data set, or a folder of pictures (subfolders and links to folders
+            included, hidden files left out).
         output: the gallery's directory; None is `gallery` beside the checkpoint. A gallery that
-            is there is replaced.
+            is there is replaced, and what it holds of pictures that are unchanged is taken over.
         split: of a prepared data set; None is all of them.
         views: of each picture, whose mean is its feature; None is the checkpoint's.
 
-    Pictures that cannot be read are left out and listed in the gallery's skipped.jsonl.
+    Pictures that cannot be read are left out and listed in the gallery's skipped.jsonl. A call
+    that was stopped is gone on with by the same call.
 
     Raises:
-        UserError: the source or checkpoint cannot be read, no picture can, or `output` holds
-            something else than a gallery.
+        UserError: the source or checkpoint cannot be read, no picture can, or not half of those in
+            the gallery that is there; or `output` holds something else or cannot be written.
     """
     source = Path(source)
     if batch_size < 1:
         raise UsageError(f"--batch-size must be at least 1, not {batch_size}")
     prepared = (source / MANIFEST).is_file()
-    if prepared:
-        items, load = _prepared(source, split, progress)
-    else:
-        items, load = _folder(source)
-        if split is not None:
-            progress.say(f"split: {split} is of no account, since {source} is a folder of pictures")
+    if not prepared and not source.is_dir():
+        raise UserError(
+            f"there is no folder {source}: name one with pictures, or a prepared data set"
+        )
     model = load_model(checkpoint, eval_views=views)
     if output is None:
         output = model.info.path.parent / "gallery"
         progress.say(f"gallery: {output} (--output to change)")
-    kept: list[int] = []
-    features: list[torch.Tensor] = []
-    skipped: list[tuple[str, str]] = []
-    size = model.vlm.eval_image_size
-    with progress.bar("embedding", len(items), "images") as bar:
-        for batch in encode_image_batches(
-            model.vlm,
-            items,
-            lambda item: load(item, size),
-            device=model.device,
-            precision=model.precision,
-            batch_size=batch_size,
-        ):
-            kept += batch.rows
-            features.append(batch.encoded.features.cpu())
-            skipped += [(items[i].path, reason) for i, reason in batch.bad]
-            bar.advance(len(batch.rows) + len(batch.bad))
-    if not kept:
-        path, reason = skipped[0]
-        raise UserError(
-            f"none of the {len(items):,} pictures in {source} can be read "
-            f"(the first, {path}, is {reason})"
-        )
-    rows = torch.cat(features)
-    gallery = Gallery(
-        features=rows,
-        items=[items[i] for i in kept],
+    output = Path(output)
+    check_output(output)
+    unread: list[str] = []
+    if prepared:
+        items, load = _prepared(source, split, progress)
+    else:
+        items, load = _folder(source, unread, progress)
+        if split is not None:
+            progress.say(f"split: {split} is of no account, since {source} is a folder of pictures")
+    whole = Gallery(
+        features=torch.empty(len(items), model.dim),
+        items=items,
         model_sha256=model.info.sha256,
         model_path=str(model.info.path),
         source=str(source.resolve()),
         prepared=prepared,
-        skipped=skipped,
-        off=None if model.bank is None else model.off_images(rows),
+        views=model.vlm.config.eval_views,
     )
-    gallery.save(output)
+    work = Unfinished(whole, output, progress)
+    _check_lost(work, output, unread, [])
+    if before := int(work.done.sum()):
+        progress.say(f"{before:,} of {len(items):,} pictures are as they were embedded before")
+    if work.dropped:
+        progress.say(f"dropped: {work.dropped:,} of the {work.earlier:,} pictures in {output}")
+    with work:
+        skipped = _fill(work, model, load, batch_size, progress)
+        if not work.done.any():
+            path, reason = skipped[0]
+            raise UserError(
+                f"none of the {len(items):,} pictures in {source} can be read "
+                f"(the first, {path}, is {reason})"
+            )
+        _check_lost(work, output, unread, skipped)
+        gallery = work.gallery()
+        gallery.skipped = skipped
+        gallery.off = None if model.bank is None else model.off_images(gallery.features)
+        gallery.save(output)
     result = EmbedResult(
-        path=Path(output),
+        path=output,
         source=source,
         model_path=model.info.path,
         model_sha256=model.info.sha256,
@@ -123,6 +128,35 @@ def embed(
 Load = Callable[[GalleryItem, int], Image.Image]
 
 
+def _fill(
+    work: Unfinished, model: LoadedModel, load: Load, batch_size: int, progress: Progress
+) -> list[tuple[str, str]]:
+    """Embeds what is left to be; paths and reasons of what cannot be read.
+
+    Raises UserError once the source as a whole is gone.
+    """
+    whole, left, size = work.whole, work.left(), model.vlm.eval_image_size
+    skipped: list[tuple[str, str]] = []
+    with progress.bar("embedding", len(left), "images") as bar:
+        for batch in encode_image_batches(
+            model.vlm,
+            (whole.items[row] for row in left),
+            lambda item: load(item, size),
+            device=model.device,
+            precision=model.precision,
+            batch_size=batch_size,
+        ):
+            work.add([left[i] for i in batch.rows], batch.encoded.features.cpu())
+            skipped += [(whole.items[left[i]].path, reason) for i, reason in batch.bad]
+            if batch.bad and _is_gone(Path(whole.source), whole.prepared):
+                raise UserError(
+                    f"{whole.source} went away while its pictures were embedded: bring it back and "
+                    "run `vicvlm embed` again, which goes on from here"
+                )
+            bar.advance(len(batch.rows) + len(batch.bad))
+    return skipped
+
+
 def _prepared(
     source: Path, split: str | None, progress: Progress
 ) -> tuple[list[GalleryItem], Load]:
@@ -130,8 +164,9 @@ def _prepared(
     names = [split] if split is not None else dataset.splits
     splits = {name: dataset.split(name) for name in names}
     progress.say(f"splits: {', '.join(names)}" + ("" if split else " (--split for one)"))
+    fingerprint = dataset.manifest.fingerprint[:16]
     items = [
-        GalleryItem(path=path, id=image_id, captions=captions, split=name, index=i)
+        GalleryItem(path, image_id, captions, name, i, f"{fingerprint} {part.hash}")
         for name, part in splits.items()
         for i, (path, image_id, captions) in enumerate(
             zip(part.paths, part.image_ids, part.captions, strict=True)
@@ -142,22 +177,50 @@ def _prepared(
     return items, lambda item, size: splits[item.split].image(item.index, at_least=size)
 
 
-def _folder(source: Path) -> tuple[list[GalleryItem], Load]:
-    if not source.is_dir():
-        raise UserError(
-            f"there is no folder {source}: name one with pictures, or a prepared data set"
-        )
-    paths: list[str] = []
-    for folder, subfolders, names in os.walk(source):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        paths += [
-            os.path.relpath(os.path.join(folder, name), source)
-            for name in sorted(names)
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES
-        ]
-    if not paths:
+def _folder(source: Path, unread: list[str], progress: Progress) -> tuple[list[GalleryItem], Load]:
+    """The pictures of a folder; `unread` is told which subfolders cannot be read."""
+    files = [path for path in walk(source, sys.maxsize, unread) if path.suffix.lower() in SUFFIXES]
+    if not files:
         raise UserError(
             f"{source} and its subfolders hold no pictures (files named {', '.join(SUFFIXES)})"
+            + "".join(f"; {warning}" for warning in unread)
         )
-    items = [GalleryItem(path=path, id=os.path.splitext(path)[0]) for path in paths]
+    for warning in unread:
+        progress.say(f"warning: {warning}")
+    items = []
+    for file in progress.track(files, "looking for changes", unit="images"):
+        _, length, mtime = stamp(file)
+        path = str(file.relative_to(source))
+        name = os.path.splitext(path)[0]
+        items.append(GalleryItem(path=path, id=name, stamp=f"{length} {mtime}"))
     return items, lambda item, size: load_rgb(source / item.path, at_least=size)
+
+
+def _is_gone(source: Path, prepared: bool) -> bool:
+    """Is the source no longer there? What a disk was mounted on stays behind as an empty folder."""
+    if prepared:
+        return not os.path.isfile(source / MANIFEST)
+    try:
+        with os.scandir(source) as entries:
+            return next(entries, None) is None
+    except OSError:
+        return True
+
+
+def _check_lost(
+    work: Unfinished, output: Path, unread: list[str], skipped: list[tuple[str, str]]
+) -> None:
+    """Raises UserError where most pictures of the gallery at `output` can no longer be read."""
+    # Where a folder cannot be read, nobody knows whether what is not found is gone for good.
+    lost = work.dropped if unread else 0
+    if skipped:
+        lost += int((work.had & ~work.done).sum())
+    if 2 * lost > work.earlier:
+        why = "their folders cannot be read"
+        if skipped:
+            why = f"the first, {skipped[0][0]}, is {skipped[0][1]}"
+        raise UserError(
+            f"{lost:,} of the {work.earlier:,} pictures in the gallery {output} can no longer be "
+            f"read ({why}), so it stays as it is: bring them back and run `vicvlm embed` again, or "
+            "choose another --output"
+        )

@@ -1,0 +1,306 @@
+"""Embedding once more: what is taken over, what a stopped run keeps, and what stays as it is."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from vicvlm_cli.checkpoint import load_model
+from vicvlm_cli.data.images import BadImage, load_rgb
+from vicvlm_cli.errors import UserError
+from vicvlm_cli.gallery import Gallery
+from vicvlm_cli.report.progress import Progress
+from vicvlm_cli.workflows.embed import embed
+
+QUIET = Progress(quiet=True)
+
+
+@pytest.fixture
+def eight(tmp_path):
+    """Eight pictures, 0.png to 7.png, the last four in a subfolder."""
+    folder = tmp_path / "eight"
+    (folder / "sub").mkdir(parents=True)
+    for i in range(8):
+        draw(folder / ("sub" if i > 3 else "") / f"{i}.png", i)
+    return folder
+
+
+def draw(file, seed):
+    """A picture that no other seed makes."""
+    grey = torch.randint(256, (20, 30), generator=torch.Generator().manual_seed(seed))
+    Image.fromarray(grey.byte().numpy()).save(file)
+
+
+@pytest.fixture
+def reading(monkeypatch):
+    """The names of the files that are read, in order; ``at[name]`` is called before one is."""
+    names, at = [], {}
+
+    def load(source, at_least=None):
+        names.append(Path(source).name)
+        at.get(names[-1], lambda: None)()
+        return load_rgb(source, at_least)
+
+    monkeypatch.setattr("vicvlm_cli.workflows.embed.load_rgb", load)
+    monkeypatch.setattr("vicvlm_cli.inference.os.cpu_count", lambda: 1)
+    monkeypatch.setattr("vicvlm_cli.inference.supports_bf16", lambda _: False)
+    return names, at
+
+
+def same(a, b):
+    """Whether two galleries hold the same pictures and features, no two of which are alike."""
+    a, b = Gallery.open(a), Gallery.open(b)
+    assert torch.pdist(a.features).min() > 1e-3
+    return list(a.items) == list(b.items) and torch.allclose(a.features, b.features, atol=1e-5)
+
+
+def stop():
+    raise KeyboardInterrupt
+
+
+def test_the_output_is_checked_before_a_picture_is_read(eight, tiny_checkpoint, tmp_path, reading):
+    (tmp_path / "file").write_text("precious")
+    for output, words in (
+        (eight, "not a gallery: choose another"),
+        (tmp_path / "file", "not a gallery: choose another"),
+        (tmp_path / "file" / "g", "cannot write the gallery .*file.* choose another directory"),
+    ):
+        with pytest.raises(UserError, match=words):
+            embed(eight, tiny_checkpoint, output=output, progress=QUIET)
+    assert reading[0] == []
+
+
+def test_a_stopped_run_goes_on_where_it_was(eight, tiny_checkpoint, tmp_path, reading, capsys):
+    names, at = reading
+    embed(eight, tiny_checkpoint, output=tmp_path / "whole", progress=QUIET)
+    at["5.png"] = stop
+    out = tmp_path / "g"
+    with pytest.raises(KeyboardInterrupt):
+        embed(eight, tiny_checkpoint, output=out, batch_size=1, progress=QUIET)
+    assert not out.exists() and (tmp_path / ".g.partial").is_dir()
+    names.clear()
+    at.clear()
+    embed(eight, tiny_checkpoint, output=out, progress=Progress())
+    assert names == ["5.png", "6.png", "7.png"]
+    assert "5 of 8 pictures are as they were embedded before" in capsys.readouterr().err
+    assert same(out, tmp_path / "whole")
+    assert not (tmp_path / ".g.partial").exists()
+
+
+def test_a_killed_run_goes_on_after_its_last_block(
+    eight, tiny_checkpoint, tmp_path, reading, monkeypatch
+):
+    names, at = reading
+    monkeypatch.setattr("vicvlm_cli.gallery.unfinished.BLOCK", 2)
+    blocks, out = tmp_path / ".g.partial", tmp_path / "g"
+    at["7.png"] = lambda: shutil.copytree(blocks, tmp_path / "left")  # six are embedded by then
+    embed(eight, tiny_checkpoint, output=out, batch_size=1, progress=QUIET)
+    shutil.rmtree(out)
+    (tmp_path / "left").rename(blocks)
+    assert len(list(blocks.iterdir())) == 3
+    (blocks / ".0.new").mkdir()  # what was being written
+    draw(eight / "0.png", 99)
+    names.clear()
+    at.clear()
+    embed(eight, tiny_checkpoint, output=out, progress=QUIET)
+    assert names == ["0.png", "6.png", "7.png"]
+    embed(eight, tiny_checkpoint, output=tmp_path / "whole", progress=QUIET)
+    assert same(out, tmp_path / "whole")
+    assert not blocks.exists()
+
+
+def test_a_block_is_written_after_a_while(eight, tiny_checkpoint, tmp_path, reading, monkeypatch):
+    monkeypatch.setattr("vicvlm_cli.gallery.unfinished.SECONDS", 0)
+    found = []
+    reading[1]["7.png"] = lambda: found.extend((tmp_path / ".g.partial").iterdir())
+    embed(eight, tiny_checkpoint, output=tmp_path / "g", batch_size=1, progress=QUIET)
+    assert len(found) >= 6  # a thread reads ahead
+
+
+def test_only_what_is_new_or_changed_is_embedded(eight, tiny_checkpoint, tmp_path, reading, capsys):
+    names, _ = reading
+    out = tmp_path / "g"
+    embed(eight, tiny_checkpoint, output=out, progress=QUIET)
+    draw(eight / "a.png", 8)  # new
+    draw(eight / "2.png", 9)  # changed
+    os.utime(eight / "sub" / "5.png", ns=(1, 1))  # perhaps changed
+    (eight / "3.png").unlink()
+    names.clear()
+    embed(eight, tiny_checkpoint, output=out, progress=Progress())
+    assert names == ["2.png", "a.png", "5.png"]
+    notes = capsys.readouterr().err
+    assert "5 of 8 pictures are as they were embedded before" in notes
+    assert f"dropped: 1 of the 8 pictures in {out}" in notes
+    embed(eight, tiny_checkpoint, output=tmp_path / "anew", progress=QUIET)
+    assert same(out, tmp_path / "anew")
+    names.clear()
+    embed(eight, tiny_checkpoint, output=out, progress=QUIET)
+    assert names == [] and same(out, tmp_path / "anew")
+
+
+def test_all_is_embedded_again_by_another_model_or_views_or_from_elsewhere(
+    eight, tiny_checkpoint, make_checkpoint, tmp_path, reading
+):
+    names, _ = reading
+    out = tmp_path / "g"
+    shutil.copytree(eight, tmp_path / "copy")
+    other = make_checkpoint(seed=21)
+    for source, checkpoint, views, count in (
+        (eight, tiny_checkpoint, None, 8),
+        (eight, tiny_checkpoint, 2, 8),
+        (eight, tiny_checkpoint, 2, 0),
+        (eight, other, 2, 8),
+        (tmp_path / "copy", other, 2, 8),
+    ):
+        names.clear()
+        embed(source, checkpoint, output=out, views=views, progress=QUIET)
+        assert len(names) == count
+
+
+def test_galleries_without_stamps_are_embedded_again(eight, tiny_checkpoint, tmp_path, reading):
+    names, _ = reading
+    out = tmp_path / "g"
+    embed(eight, tiny_checkpoint, output=out, progress=QUIET)
+    lines = [json.loads(line) for line in (out / "items.jsonl").read_text().splitlines()]
+    whole = [json.dumps(line) for line in lines]
+    bare = [json.dumps({k: v for k, v in line.items() if k != "stamp"}) for line in lines]
+    for content, count in ((bare, 8), ([*whole[:5], "{", *whole[6:]], 3)):
+        (out / "items.jsonl").write_text("\n".join(content) + "\n")
+        names.clear()
+        assert embed(eight, tiny_checkpoint, output=out, progress=QUIET).count == 8
+        assert len(names) == count
+
+
+def test_a_prepared_data_set_is_embedded_again_once_it_is_another(
+    tiny_data, tiny_checkpoint, tmp_path, capsys
+):
+    data, out = tmp_path / "data", tmp_path / "g"
+    shutil.copytree(tiny_data, data)
+    embed(data, tiny_checkpoint, split="val", output=out, progress=QUIET)
+    embed(data, tiny_checkpoint, output=out, progress=Progress())
+    assert "6 of 26 pictures are as they were embedded before" in capsys.readouterr().err
+    embed(tiny_data, tiny_checkpoint, output=tmp_path / "whole", progress=QUIET)
+    assert torch.allclose(
+        Gallery.open(out).features, Gallery.open(tmp_path / "whole").features, atol=1e-5
+    )
+    manifest = json.loads((data / "manifest.json").read_text())
+    (data / "manifest.json").write_text(json.dumps(manifest | {"fingerprint": "0" * 64}))
+    embed(data, tiny_checkpoint, output=out, progress=Progress())
+    assert "embedded before" not in capsys.readouterr().err
+
+
+def test_links_to_folders_are_followed_once(eight, tiny_checkpoint, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    draw(tmp_path / "elsewhere" / "x.png", 30)
+    (eight / "link").symlink_to(tmp_path / "elsewhere")
+    (eight / "sub" / "round").symlink_to(eight)
+    embed(eight, tiny_checkpoint, output=tmp_path / "g", progress=QUIET)
+    paths = [item.path for item in Gallery.open(tmp_path / "g").items]
+    assert len(paths) == 9 and os.path.join("link", "x.png") in paths
+
+
+@pytest.fixture
+def shut(eight, monkeypatch):
+    """Makes ``eight/sub`` a folder that cannot be read."""
+    scan = os.scandir
+
+    def scandir(place):
+        if Path(place) == eight / "sub":
+            raise PermissionError(13, "Permission denied")
+        return scan(place)
+
+    return lambda: monkeypatch.setattr(os, "scandir", scandir)
+
+
+def test_a_folder_that_cannot_be_read_is_told(eight, tiny_checkpoint, tmp_path, shut, capsys):
+    shut()
+    told = f"cannot read the folder {eight / 'sub'} (Permission denied)"
+    assert embed(eight, tiny_checkpoint, output=tmp_path / "g", progress=Progress()).count == 4
+    assert f"warning: {told}" in capsys.readouterr().err
+    for i in range(4):
+        (eight / f"{i}.png").unlink()
+    with pytest.raises(UserError) as error:
+        embed(eight, tiny_checkpoint, output=tmp_path / "g", progress=QUIET)
+    assert "hold no pictures" in str(error.value) and told in str(error.value)
+
+
+def test_a_gallery_stays_where_most_of_its_folders_cannot_be_read(
+    eight, tiny_checkpoint, tmp_path, shut, reading
+):
+    out = tmp_path / "g"
+    (eight / "0.png").unlink()
+    embed(eight, tiny_checkpoint, output=out, progress=QUIET)
+    shut()
+    reading[0].clear()
+    with pytest.raises(UserError, match=r"4 of the 7 pictures .*folders cannot .*stays as it is"):
+        embed(eight, tiny_checkpoint, output=out, progress=QUIET)
+    assert reading[0] == [] and len(Gallery.open(out)) == 7
+    draw(eight / "0.png", 0)
+    (eight / "sub" / "4.png").unlink()
+    embed(eight, tiny_checkpoint, output=tmp_path / "new", progress=QUIET)
+
+
+def test_a_source_that_goes_away_leaves_the_gallery(
+    eight, tiny_checkpoint, make_checkpoint, tmp_path, reading
+):
+    names, at = reading
+    out, other = tmp_path / "g", make_checkpoint(seed=22)
+    embed(eight, tiny_checkpoint, output=out, progress=QUIET)
+
+    def unmounted():
+        eight.rename(tmp_path / "away")
+        eight.mkdir()
+
+    for gone in (unmounted, lambda: eight.rename(tmp_path / "away")):
+        at["6.png"] = gone
+        with pytest.raises(UserError, match=r"eight went away .*bring it back and run `vicvlm emb"):
+            embed(eight, other, output=out, batch_size=1, progress=QUIET)
+        assert Gallery.open(out).model_sha256 == load_model(tiny_checkpoint).info.sha256
+        shutil.rmtree(eight, ignore_errors=True)
+        (tmp_path / "away").rename(eight)
+    names.clear()
+    at.clear()
+    assert embed(eight, other, output=out, progress=QUIET).count == 8
+    assert names == ["6.png", "7.png"]
+
+
+def test_a_prepared_data_set_that_goes_away_is_told(
+    tiny_data, tiny_checkpoint, tmp_path, monkeypatch
+):
+    data = tmp_path / "data"
+    shutil.copytree(tiny_data, data)
+
+    def bad(*_):
+        (data / "manifest.json").unlink(missing_ok=True)
+        raise BadImage("unreadable")
+
+    monkeypatch.setattr("vicvlm_cli.data.prepared.load_rgb", bad)
+    with pytest.raises(UserError, match="data went away while"):
+        embed(data, tiny_checkpoint, output=tmp_path / "g", progress=QUIET)
+
+
+def test_a_gallery_stays_where_most_of_its_pictures_fail(
+    eight, tiny_checkpoint, make_checkpoint, tmp_path, reading
+):
+    _, at = reading
+    out, other = tmp_path / "g", make_checkpoint(seed=23)
+    embed(eight, tiny_checkpoint, output=out, progress=QUIET)
+    (eight / "3.png").write_bytes(b"no picture")
+    at["3.png"] = lambda: (eight / "sub").rename(tmp_path / "away")  # a disk of its own
+    words = r"5 of the 8 pictures in the gallery .*first, 3\.png, is not an image.*another --output"
+    with pytest.raises(UserError, match=words):
+        embed(eight, other, output=out, batch_size=1, progress=QUIET)
+    assert len(Gallery.open(out)) == 8
+    assert Gallery.open(out).model_sha256 == load_model(tiny_checkpoint).info.sha256
+    # Elsewhere it is a gallery of what there is, and of half of the pictures one too.
+    (tmp_path / "away").rename(eight / "sub")
+    assert embed(eight, other, output=tmp_path / "h", batch_size=1, progress=QUIET).count == 3
+    draw(eight / "3.png", 3)
+    (tmp_path / "away").rename(eight / "sub")
+    assert embed(eight, other, output=out, batch_size=1, progress=QUIET).count == 4

@@ -1,0 +1,133 @@
+"""A gallery in the making, which keeps what is embedded and takes over what was before.
+
+.GALLERY.partial/0f3a…/     a block of pictures that are embedded: a small gallery itself
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from uuid import uuid4
+
+import torch
+from torch import Tensor
+
+from vicvlm_cli.errors import UserError
+from vicvlm_cli.gallery.store import Gallery
+from vicvlm_cli.report.progress import Progress
+
+# A block is written when it has so many pictures, or was begun so long ago.
+BLOCK = 8192
+SECONDS = 60.0
+
+
+class Unfinished:
+    """The gallery `whole`, whose features are filled in here until it is saved to `output`.
+
+    A context: where it is left by an error, what is embedded is kept in blocks beside `output`;
+    otherwise, once the gallery is saved, the blocks are removed.
+
+    Attributes:
+        done: [n], the pictures whose features are there.
+        had: [n], those that the gallery at `output` has already, whichever model made it.
+        earlier: how many that gallery has of the same source.
+        dropped: how many of them are not in `whole`.
+    """
+
+    def __init__(self, whole: Gallery, output: Path, progress: Progress) -> None:
+        """Takes over the features of pictures that are as they were when they were embedded."""
+        self.whole = whole
+        output = output.resolve()
+        self.blocks = output.with_name(f".{output.name}.partial")
+        self.done = torch.zeros(len(whole), dtype=torch.bool)
+        self.had = torch.zeros(len(whole), dtype=torch.bool)
+        self.earlier = self.dropped = 0
+        self._waiting: list[int] = []
+        self._began = time.monotonic()
+        rows = {
+            (item.split, item.path, item.id): row  # an id alone is a.jpg's and a.png's
+            for row, item in enumerate(whole.items)
+        }
+        # No gallery is held on to: Windows replaces none whose files are open.
+        if (earlier := _opened(output)) is not None and self._is_of_source(earlier):
+            found = self._take_over(earlier, rows, progress)
+            self.had[found] = True
+            self.earlier = len(earlier)
+            self.dropped = len(earlier) - len(found)
+        for path in sorted(self.blocks.glob("*")):
+            if (earlier := _opened(path)) is not None and self._is_of_source(earlier):
+                self._take_over(earlier, rows, progress)
+
+    def left(self) -> list[int]:
+        """The rows that are still to be embedded."""
+        return (~self.done).nonzero()[:, 0].tolist()
+
+    def add(self, rows: list[int], features: Tensor) -> None:
+        """Fills in features [b, P]. Raises UserError where a block cannot be written."""
+        self.whole.features[rows] = features
+        self.done[rows] = True
+        self._waiting += rows
+        if len(self._waiting) >= BLOCK or time.monotonic() - self._began >= SECONDS:
+            self._keep()
+
+    def gallery(self) -> Gallery:
+        """The pictures that are done."""
+        return self.whole if self.done.all() else self._part(self.done.nonzero()[:, 0].tolist())
+
+    def __enter__(self) -> Unfinished:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None
+    ) -> None:
+        if kind is None:
+            shutil.rmtree(self.blocks, ignore_errors=True)
+        else:
+            self._keep()
+
+    def _keep(self) -> None:
+        if self._waiting:
+            self._part(self._waiting).save(self.blocks / uuid4().hex)
+        self._waiting, self._began = [], time.monotonic()
+
+    def _part(self, rows: list[int]) -> Gallery:
+        items = [self.whole.items[row] for row in rows]
+        return replace(self.whole, features=self.whole.features[rows], items=items)
+
+    def _is_of_source(self, other: Gallery) -> bool:
+        return (other.source, other.prepared) == (self.whole.source, self.whole.prepared)
+
+    def _take_over(
+        self, earlier: Gallery, rows: dict[tuple[str, str, str], int], progress: Progress
+    ) -> list[int]:
+        """The rows of pictures that `earlier` has; those that are the same still are done then."""
+        whole = self.whole
+        # Not the precision: a gallery of a GPU is searched with queries of a CPU, too.
+        same = (earlier.model_sha256, earlier.views) == (whole.model_sha256, whole.views)
+        found, here, there = [], [], []
+        items = progress.track(earlier.items, "comparing with what is embedded", unit="images")
+        with suppress(UserError):  # a damaged line: what follows it is embedded again
+            for number, item in enumerate(items):
+                row = rows.get((item.split, item.path, item.id))
+                if row is None:
+                    continue
+                found.append(row)
+                now = whole.items[row]
+                if same and item.stamp and (item.stamp, item.index) == (now.stamp, now.index):
+                    here.append(row)
+                    there.append(number)
+        whole.features[here] = earlier.features[there]
+        self.done[here] = True
+        return found
+
+
+def _opened(path: Path) -> Gallery | None:
+    """The gallery there; one that is damaged is none, for it is made again."""
+    try:
+        return Gallery.open(path)
+    except UserError:
+        return None
