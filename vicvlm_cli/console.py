@@ -1,7 +1,8 @@
 """How a command speaks and fails.
 
 Tables and JSON go to stdout; notes, bars and errors to stderr. In a distributed launch only rank 0
-speaks. A user's mistake is one sentence and an exit code, never a traceback.
+speaks, and any other of what it alone has met. A user's mistake is one sentence and an exit code,
+never a traceback.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -18,12 +20,16 @@ import typer
 from typer.core import TyperGroup
 
 from vicvlm_cli import remembered
-from vicvlm_cli.errors import UserError
+from vicvlm_cli.errors import UsageError, UserError
 
 if TYPE_CHECKING:
     from vicvlm_cli.report.progress import Progress
 
 RANK = int(os.environ.get("RANK") or 0)
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK") or RANK)
+# Seconds in which the process that tells of an error gets to: as soon as one ends, the launcher
+# ends the others.
+PATIENCE = 3.0
 
 
 class Commands(TyperGroup):
@@ -33,14 +39,40 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except UserError as error:
-            _fail(f"error: {error}", error.exit_code)
+            tells = _tells(error)
+            if not tells:
+                time.sleep(PATIENCE)
+            _fail(f"error: {error}", error.exit_code, tells)
         except KeyboardInterrupt:
-            _fail("stopped; what was finished before is kept", 130)
+            _fail("stopped; what was finished before is kept", 130, RANK == 0)
+        except Exception as error:
+            torch = sys.modules.get("torch")  # --help does without
+            if torch is None or not isinstance(error, torch.OutOfMemoryError):
+                raise
+            command = self.commands[str(ctx.invoked_subcommand)]
+            smaller = any(parameter.name == "batch_size" for parameter in command.params)
+            lower = "lower --batch-size, or " * smaller
+            _fail(f"error: out of memory: {lower}end what else fills the device", 1)
 
 
-def _fail(message: str, code: int) -> NoReturn:
-    if RANK == 0:
-        typer.echo(message, err=True)
+def _tells(error: UserError) -> bool:
+    """Whether this process says what it met: of what all meet alike, the first does.
+
+    The first of each machine, unless it is about the command line: a machine may lack a file.
+    """
+    if RANK == 0 or error.own:
+        return True
+    return LOCAL_RANK == 0 and not isinstance(error, UsageError)
+
+
+def tell(message: str) -> None:
+    """One line to stderr, which says what process of a launch it is from unless that is rank 0."""
+    typer.echo(f"process {RANK}: {message}" if RANK > 0 else message, err=True)
+
+
+def _fail(message: str, code: int, tells: bool = True) -> NoReturn:
+    if tells:
+        tell(message)
     raise typer.Exit(code)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,9 @@ from tiny_training import BARE, LOSSES, TINY, rows, weights
 from torch import Tensor
 from two_processes import CACHED, CASES, WIDE, contrast_by_cache, losses_and_gradients
 
+from vicvlm_cli.data.batches import Plan
+from vicvlm_cli.data.prepared import PreparedDataset
+from vicvlm_cli.objectives import OBJECTIVES
 from vicvlm_cli.report.progress import Progress
 from vicvlm_cli.workflows.train import pretrain
 
@@ -87,6 +91,10 @@ def test_gathers_of_every_type_and_length(both: Results) -> None:
         assert float(got["none"]) == 0
     shares = [float(r["primitives"]["mean"]) for r in both]
     assert sum(shares) / 2 == pytest.approx((2 + 6) / (1 + 3))
+
+
+def test_every_objective_is_tried() -> None:
+    assert {name for name, _, _ in CASES.values()} == OBJECTIVES.keys()
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -231,3 +239,26 @@ def test_two_processes_stop_at_one_step_and_go_on(
         seen = sorted({*range(10, steps + 1, 10), stopped})
         assert [row["step"] for row in rows(folder)] == seen
         assert not (folder / "state").exists()
+
+
+def test_a_process_says_what_it_alone_has_met(scenes: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(scenes, tmp_path / "data")
+    split = PreparedDataset.open(data).split("train")
+    number = tuple(len(group) for group in split.captions)
+    second = Plan(number, "one", 8, 0, rank=1, world_size=2)
+    picture = int(second.epoch(0)[2][3, 0])  # in the third step
+    content = split._pictures[picture]["bytes"].as_py()
+    (shard,) = (data / "train").glob("*.arrow")
+    whole = shard.read_bytes()
+    assert whole.count(content) == 1
+    shard.write_bytes(whole.replace(content, b"x" * len(content)))
+    words = ["pretrain", "--data", str(data), "--output", str(tmp_path / "run")]
+    words += [word for s in [*BARE, "data.workers=1"] for word in ("--set", s)]
+    with launched(*words, "--batch-size", "8", state=tmp_path / "state.json") as process:
+        _, said = process.communicate(timeout=600)
+    assert process.returncode != 0
+    name = split.image_ids[picture]
+    (line,) = [line for line in said.splitlines() if line.startswith("process 1: ")]
+    assert line.startswith(f"process 1: error: image {name} of scenes train (")
+    assert "the shards are damaged" in line
+    assert "this is a bug" not in said and "Original Traceback" not in said

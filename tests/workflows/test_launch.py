@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 from accelerate import Accelerator
-from tiny_training import QUIET, TINY, Heard, equal, run, weights
+from tiny_training import QUIET, TINY, Heard, equal, rows, run, weights
 
 from vicvlm_cli.data.batches import Plan
+from vicvlm_cli.data.prepared import PreparedDataset
 from vicvlm_cli.errors import UsageError, UserError
 from vicvlm_cli.settings import DataConfig
-from vicvlm_cli.workflows.launch import join, require_processes, with_workers
+from vicvlm_cli.workflows import train
+from vicvlm_cli.workflows.launch import join, require_processes, run_folder, with_workers
 from vicvlm_cli.workflows.train import TrainResult, pretrain
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -25,9 +27,78 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 def test_a_folder_that_holds_a_run_is_refused(pretrained: TrainResult, scenes: Path) -> None:
     before = weights(pretrained.run)
-    with pytest.raises(UserError, match="already holds a run: choose another --output"):
+    # It has finished, so that there is nothing to go on with.
+    with pytest.raises(UserError, match="already holds a run: choose another --output$"):
         run(scenes, pretrained.run)
     assert equal(weights(pretrained.run), before)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "result.json"])
+def test_what_is_left_of_a_run_is_not_taken(name: str, scenes: Path, tmp_path: Path) -> None:
+    for file in (name, "metrics.jsonl"):
+        (tmp_path / file).write_text("old")
+    with pytest.raises(UserError, match="already holds a run: choose another --output$"):
+        run(scenes, tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_text() == "old"
+
+
+def test_a_run_that_was_killed_before_its_first_state_begins_anew(
+    scenes: Path, tmp_path: Path
+) -> None:
+    folder, heard = tmp_path / "run", Heard()
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text('{"kind": "train", "step": 10}\n')
+    with pytest.raises(UserError) as told:
+        pretrain(scenes, resume=folder, progress=QUIET)
+    assert f"give the command that begins it, with --output {folder} and" in str(told.value)
+    run(scenes, folder, "pretrain.epochs=0.5", progress=heard)  # as it was told to
+    assert f"{folder} holds a run that ended before its first state: it begins anew" in heard.notes
+    assert [row["step"] for row in rows(folder)] == [3]
+
+
+def test_runs_that_start_together_get_folders_of_their_own(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = PreparedDataset.open(scenes)
+    with (
+        run_folder("pretrain", data, None, QUIET) as one,
+        run_folder("pretrain", data, None, QUIET) as other,
+    ):
+        assert one == Path("runs/pretrain-scenes") and other == Path("runs/pretrain-scenes-2")
+        assert one.is_dir() and other.is_dir()
+
+
+def test_a_run_that_fails_before_its_first_step_leaves_no_folder(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    for output in (None, Path("new"), Path("mine")):
+        with pytest.raises(UserError, match="none.pth"):
+            overrides = [*TINY, "model.image_weights=none.pth"]
+            pretrain(scenes, overrides=overrides, output=output, progress=QUIET)
+    assert list((tmp_path / "runs").iterdir()) == []
+    assert not (tmp_path / "new").exists() and (tmp_path / "mine").is_dir()
+
+
+def test_an_output_that_cannot_be_a_folder_is_named_before_there_is_a_model(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "create_model", None)
+    file = tmp_path / "file"
+    file.write_text("mine")
+    with pytest.raises(UserError, match=f"--output {file} is a file: name a folder"):
+        run(scenes, file)
+    with pytest.raises(UserError, match=f"cannot write to {file / 'run'}: Not a directory; choose"):
+        run(scenes, file / "run")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(UserError, match=f"cannot write to {tmp_path}: Permission denied; choose"):
+        run(scenes, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").write_text("mine")
+    with pytest.raises(UserError, match="cannot write to runs: File exists; choose another --out"):
+        pretrain(scenes, overrides=TINY, progress=QUIET)
 
 
 def test_runs_get_folders_of_their_own(

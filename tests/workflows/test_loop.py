@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
 from tiny import make_batch, make_model, make_tokenizer
+from tiny_training import QUIET, Heard, run
 from torch import nn
 
 from vicvlm_cli.data.batches import Plan
@@ -19,7 +25,10 @@ from vicvlm_cli.model.fusion import FUSIONS
 from vicvlm_cli.objectives import create_objective
 from vicvlm_cli.objectives.ranks import Noise
 from vicvlm_cli.settings import DataConfig, LossConfig, TrainConfig
+from vicvlm_cli.workflows import loop
 from vicvlm_cli.workflows.loop import (
+    Agreements,
+    agrees_anyway,
     augment,
     lr_factor,
     parameter_groups,
@@ -132,7 +141,7 @@ def scalars(**values: float) -> dict[str, torch.Tensor]:
 def test_metrics_average_what_came_since_the_last_line(
     accelerator: Accelerator, tmp_path: Path
 ) -> None:
-    metrics = Metrics(accelerator, tmp_path / "metrics.jsonl")
+    metrics = Metrics(accelerator, tmp_path / "metrics.jsonl", QUIET)
     metrics.add(1, scalars(itc=4.0), scalars(itc=2.0))
     metrics.add(2, scalars(itc=2.0, itm=1.0), scalars(itc=3.0, itm=0.5))
     assert metrics.flush(step=2, lr=0.1) == {"itc": 3.0, "itm": 1.0}
@@ -158,13 +167,14 @@ def test_metrics_average_what_came_since_the_last_line(
 def test_the_last_value_is_a_mean_of_the_last_five_lines(
     accelerator: Accelerator, tmp_path: Path
 ) -> None:
-    metrics = Metrics(accelerator, tmp_path / "metrics.jsonl")
+    metrics = Metrics(accelerator, tmp_path / "metrics.jsonl", QUIET)
     for step in range(1, 9):
         metrics.add(step, scalars(itc=float(step)), scalars(itc=1.0))
         metrics.flush(step=step)
     (row,) = metrics.summary({"itc": 1.0})
     assert (row.first, row.last) == (1.0, 6.0)
-    again = Metrics(accelerator, tmp_path / "m.jsonl", json.loads(json.dumps(metrics.history)))
+    history = json.loads(json.dumps(metrics.history))
+    again = Metrics(accelerator, tmp_path / "m.jsonl", QUIET, history)
     assert again.summary({"itc": 1.0}) == [row]
 
 
@@ -172,9 +182,95 @@ def test_the_last_value_is_a_mean_of_the_last_five_lines(
 def test_a_loss_that_is_not_finite_is_named_with_its_step(
     bad: float, accelerator: Accelerator, tmp_path: Path
 ) -> None:
-    metrics = Metrics(accelerator, tmp_path / "metrics.jsonl")
+    metrics = Metrics(accelerator, tmp_path / "metrics.jsonl", QUIET)
     metrics.add(41, scalars(itc=1.0, mim=2.0), scalars(itc=1.0, mim=1.0))
     metrics.add(42, scalars(itc=1.0, mim=bad), scalars(itc=1.0, mim=1.0))
     with pytest.raises(UserError, match="the loss mim is not finite at step 42"):
         metrics.flush(step=42)
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_lines_that_cannot_be_written_are_one_warning(
+    accelerator: Accelerator, tmp_path: Path
+) -> None:
+    heard, path = Heard(), tmp_path / "gone" / "metrics.jsonl"
+    metrics = Metrics(accelerator, path, heard)
+    for step in (1, 2):
+        metrics.write({"kind": "train", "step": step})
+    assert heard.notes == [
+        f"warning: {path} cannot be written: No such file or directory; the run goes on, and its "
+        "log lacks lines"
+    ]
+    path.parent.mkdir()
+    metrics.write({"kind": "train", "step": 3})
+    assert json.loads(path.read_text()) == {"kind": "train", "step": 3}
+
+
+def test_no_part_of_a_line_spoils_the_next(accelerator: Accelerator, tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    heard, path = Heard(), tmp_path / "metrics.jsonl"
+    metrics = Metrics(accelerator, path, heard)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for step, room in ((1, before[0]), (2, 150), (3, before[0])):  # of 120 bytes each
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+        metrics.write({"step": step, "note": "x" * 100})
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 3]
+    assert len(heard.notes) == 1
+
+
+@pytest.mark.parametrize(
+    ("processes", "device", "minutes", "anyway"),
+    [(1, "cuda", 0, True), (2, "cpu", 0, True), (2, "cuda", 5, True), (2, "cuda", 0, False)],
+)
+def test_who_agrees_at_every_step(
+    processes: int, device: str, minutes: float, anyway: bool
+) -> None:
+    several: Any = SimpleNamespace(num_processes=processes, device=torch.device(device))
+    assert agrees_anyway(several, TrainConfig(max_minutes=minutes)) is anyway
+
+
+def test_processes_agree_about_every_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: now))
+    first = Agreements(7, lambda steps: steps)
+    other = Agreements(7, lambda _: first.next - step)  # whatever its own clock says
+    asked = []
+    for step, seconds in enumerate([30.0, 0.3, 0.3, 0.3, *[0.02] * 24, *[4.0] * 12], start=8):
+        now += seconds
+        if step >= first.next:
+            first.made(step)
+            other.made(step)
+            asked.append(step)
+        assert other.next == first.next
+    # At each until they are known to be quick, at last with each line; and again once slow.
+    assert asked == [8, 9, 12, 16, 26, 36, *range(38, 48)]
+
+
+@pytest.mark.parametrize(("seconds", "stopped"), [(4.0, 11), (0.3, 13), (0.01, 20)])
+def test_a_signal_is_seen_within_a_second_or_a_step(
+    seconds: float,
+    stopped: int,
+    scenes: Path,
+    tmp_path: Path,
+    fresh_accelerator: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 0.0
+    clock = SimpleNamespace(perf_counter=time.perf_counter, monotonic=lambda: now)
+    monkeypatch.setattr(loop, "time", clock)
+    monkeypatch.setattr(loop, "agrees_anyway", lambda *_: False)  # as on several GPUs
+    add = Metrics.add
+
+    def tick(self: Metrics, step: int, *values: Any) -> None:
+        nonlocal now
+        now += seconds
+        if step == 11:
+            os.kill(os.getpid(), signal.SIGTERM)
+        add(self, step, *values)
+
+    monkeypatch.setattr(Metrics, "add", tick)
+    heard = Heard()
+    with pytest.raises(KeyboardInterrupt):
+        run(scenes, tmp_path / "run", "pretrain.epochs=9", progress=heard)
+    assert f"stopped at step {stopped}: --resume {tmp_path / 'run'} goes on" in heard.notes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -12,9 +13,11 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
+from tiny import teacher_weights
 from tiny_training import BARE, QUIET, TINY, Heard, equal, rows, run, weights
 
 from vicvlm_cli.errors import UsageError, UserError
+from vicvlm_cli.workflows import session
 from vicvlm_cli.workflows.metrics import Metrics
 from vicvlm_cli.workflows.prepare import prepare
 from vicvlm_cli.workflows.stopping import StopAtStep
@@ -158,6 +161,26 @@ def test_a_run_that_dies_goes_on_from_its_last_save(scenes: Path, tmp_path: Path
     assert equal(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
 
 
+def test_a_run_whose_disk_is_full_says_how_it_goes_on(scenes: Path, tmp_path: Path) -> None:
+    settings = ("pretrain.state_minutes=0", "pretrain.epochs=3", "pretrain.validate_every=2")
+    run(scenes, tmp_path / "whole", *settings)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    folder = tmp_path / "parts"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session, "save_model", full)  # at the validation after step 12
+        with pytest.raises(UserError) as told:
+            run(scenes, folder, *settings)
+    assert str(told.value) == (
+        f"cannot write {folder}: No space left on device; the state of step 10 is kept: mend that, "
+        f"then go on with --resume {folder}"
+    )
+    pretrain(scenes, resume=folder, progress=QUIET)
+    assert equal(weights(folder), weights(tmp_path / "whole"))
+
+
 def test_a_stopped_fine_tuning_goes_on(
     pretrained: TrainResult, scenes: Path, tmp_path: Path
 ) -> None:
@@ -181,8 +204,14 @@ def test_a_stopped_fine_tuning_goes_on(
 def test_what_cannot_be_resumed(pretrained: TrainResult, scenes: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be resumed: it has finished"):
         pretrain(scenes, resume=pretrained.run, progress=QUIET)
-    with pytest.raises(UserError, match="cannot be resumed: it has no saved state"):
+    with pytest.raises(UserError, match="cannot be resumed: it has no saved state; give the comm"):
         pretrain(scenes, resume=tmp_path, progress=QUIET)
+    with pytest.raises(UserError, match="cannot be resumed: there is no such folder; give the com"):
+        pretrain(scenes, resume=tmp_path / "none", progress=QUIET)
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed" / "model.safetensors").touch()
+    with pytest.raises(UserError, match="but no saved state; start a new run in another folder"):
+        pretrain(scenes, resume=tmp_path / "killed", progress=QUIET)
     with pytest.raises(UsageError, match="--resume goes on with a run's own settings"):
         pretrain(scenes, resume=tmp_path, overrides=["pretrain.lr=1"], progress=QUIET)
     with pytest.raises(UsageError, match="--resume goes on with a run's own settings"):
@@ -237,6 +266,17 @@ def test_a_signal_waits_for_the_step_and_twice_does_not(
         ("albef", "pretrain.options.queue_size=20", "pretrain.options.alpha_steps=4"),
         ("albef", "pretrain.options.queue_size=0"),
         ("mamo",),
+        ("maskvlm", "pretrain.options.decoder_depth=1"),
+        (
+            "s_smke",
+            "pretrain.options.bank_size=20",
+            "pretrain.options.teacher=test_vit",
+            f"pretrain.options.teacher_weights={teacher_weights()}",
+        ),
+        ("vsepp", "pretrain.options.mean_steps=6"),
+        ("clip", "pretrain.options.loss=sigmoid", "pretrain.options.fit_bias=true"),
+        ("retrieval",),
+        ("vilt_ranking", "pretrain.options.negatives=2"),
         ("scan", "pretrain.options.mean_steps=6"),
         ("vilt",),
         ("clip", "pretrain.losses.variance.weight=0.1", "pretrain.options.expander=8"),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vicvlm_cli.checkpoint import load_model
 from vicvlm_cli.data.prepared import PreparedDataset
+from vicvlm_cli.errors import UsageError
 from vicvlm_cli.evaluation.evaluate import evaluate_split
 from vicvlm_cli.workflows import session
 from vicvlm_cli.workflows.train import TrainResult, finetune, pretrain
@@ -34,6 +35,14 @@ def test_validations_are_logged_and_told(pretrained: TrainResult) -> None:
     assert "preset: vicvlm-tiny (default for scenes; --preset to change)" in notes
     assert "12 steps of 16 pairs, cpu no, 1 process," in notes
     assert "validation at step 6: R@1" in notes and "weights kept, of step 12: R@1" in notes
+
+
+def test_a_file_of_settings_lies_over_the_preset_of_the_data(scenes: Path, tmp_path: Path) -> None:
+    own, heard = tmp_path / "own.toml", Heard()
+    own.write_text("[pretrain]\nobjective = 3\nlr = 0.25\n", "utf-8")
+    with pytest.raises(UsageError, match=r"pretrain\.objective|there is no objective"):
+        pretrain(scenes, config_file=own, output=tmp_path / "run", progress=heard)
+    assert "preset: vicvlm-tiny (default for scenes; --preset to change)" in heard.notes
 
 
 def scripted(rsums: list[float], patch: pytest.MonkeyPatch) -> list[dict[str, Tensor]]:

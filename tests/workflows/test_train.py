@@ -21,7 +21,7 @@ from vicvlm_cli.objectives import losses
 from vicvlm_cli.objectives.cached import CachedContrast
 from vicvlm_cli.objectives.clip import CLIP
 from vicvlm_cli.objectives.vicvlm import VicVLM
-from vicvlm_cli.workflows import loop
+from vicvlm_cli.workflows import loop, train
 from vicvlm_cli.workflows.metrics import Metrics
 from vicvlm_cli.workflows.session import Session
 from vicvlm_cli.workflows.train import TrainResult, pretrain
@@ -184,6 +184,46 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_good_weights(
     # Validated after steps 3 and 6, and stopped before a third time.
     assert [row["step"] for row in rows(tmp_path / "run", "validation")] == [3, 6]
     assert all(bool(v.isfinite().all()) for v in weights(tmp_path / "run").values())
+
+
+@pytest.mark.parametrize("call", [1, 13])
+def test_a_device_without_memory_is_a_smaller_batch(
+    call: int, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[float] = []
+    real = losses.itc
+
+    def itc(*arguments: Any) -> Tensor:
+        calls.append(0.0)
+        if len(calls) == call:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return real(*arguments)
+
+    monkeypatch.setattr(losses, "itc", itc)
+    folder = tmp_path / "run"
+    with pytest.raises(UserError) as told:
+        run(scenes, folder, "pretrain.epochs=3", "pretrain.state_minutes=0")
+    lower = (
+        "out of memory on cpu: lower --batch-size, which is 16 (--contrastive-batch 16 keeps the "
+        "size of the contrast)"
+    )
+    kept = f"; the state of step 10 is kept, for --resume {folder} with more memory free"
+    assert str(told.value) == lower + (kept if call == 13 else "")
+    assert folder.exists() == (call == 13)
+
+
+def test_a_result_that_cannot_be_written_is_a_warning(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, *_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train, "_write_whole", full)
+    heard = Heard()
+    result = run(scenes, tmp_path / "run", "pretrain.epochs=0.5", progress=heard)
+    assert result.checkpoint.is_file()
+    file = tmp_path / "run" / "result.json"
+    assert f"warning: {file} was not written: No space left on device" in heard.notes
 
 
 def test_the_schedule_ends_with_the_time(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import importlib.util
 import os
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -28,7 +31,9 @@ from vicvlm_cli.errors import UsageError, UserError
 from vicvlm_cli.model.vlm import VLM
 from vicvlm_cli.report.progress import Progress
 from vicvlm_cli.settings import DataConfig, TrainConfig
+from vicvlm_cli.workflows.state import find_run_state
 
+LOG, RESULT = "metrics.jsonl", "result.json"  # of a run, beside its weights and its state
 SHARED_MEMORY = Path("/dev/shm")  # what loader processes hand batches over in, on Linux
 LAUNCH_ON_CPUS = "ACCELERATE_USE_CPU=true torchrun --nproc_per_node"
 
@@ -116,24 +121,74 @@ def make_accelerator(config: TrainConfig, track: str, run: Path) -> Accelerator:
     return accelerator
 
 
-def run_folder(kind: str, dataset: PreparedDataset, output: Path | None) -> Path:
-    """The folder of a new run, the same on every process.
+@contextmanager
+def run_folder(
+    kind: str, dataset: PreparedDataset, output: Path | None, progress: Progress
+) -> Iterator[Path]:
+    """The folder of a new run: made by the first process, and the same on every one.
+
+    If the block fails with nothing in it, it is gone again.
 
     Raises:
-        UserError: ``output`` holds a run already.
+        UserError: ``output`` holds a run already, or is no folder that can be written to.
     """
-    if output is None:
-        stem = f"{kind}-{dataset.manifest.source}"
-        names = [stem, *(f"{stem}-{i}" for i in range(2, 10_000))]
-        free = next(n for n in names if not (Path("runs") / n).exists())
-        return Path(broadcast_object_list([str(Path("runs") / free)])[0])
-    taken = [f for f in (FILE_NAME, "metrics.jsonl", "state") if (output / f).exists()]
-    if broadcast_object_list([bool(taken)])[0]:
+    first = PartialState().is_main_process
+    made = first and (output is None or not output.exists())
+    run, wrong = output, ""
+    if first:
+        try:
+            if output is None:
+                run = _claim(f"{kind}-{dataset.manifest.source}")
+            else:
+                _take(output, progress)
+        except UserError as error:
+            wrong = str(error)
+        except OSError as error:
+            wrong = f"cannot write to {error.filename}: {error.strerror}; choose another --output"
+    run, wrong = broadcast_object_list([run, wrong])  # else the others would wait in vain
+    if wrong:
+        raise UserError(wrong)
+    assert run is not None
+    try:
+        yield run
+    except BaseException:
+        if made:
+            with suppress(OSError):  # something is in it
+                run.rmdir()
+        raise
+
+
+def _claim(stem: str) -> Path:
+    """A new folder ``runs/STEM`` or ``runs/STEM-N``, which no run that starts with this one has."""
+    Path("runs").mkdir(exist_ok=True)
+    number, folder = 1, Path("runs") / stem
+    while True:
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            number += 1
+            folder = folder.with_name(f"{stem}-{number}")
+
+
+def _take(output: Path, progress: Progress) -> None:
+    """``output``, made if it is not there; what a run left there that nothing goes on from goes."""
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output {output} is a file: name a folder")
+    if find_run_state(output) is not None:
         raise UserError(
             f"{output} already holds a run: choose another --output, or go on with "
             f"--resume {output}"
         )
-    return output
+    if any((output / name).exists() for name in (FILE_NAME, RESULT)):
+        raise UserError(f"{output} already holds a run: choose another --output")
+    output.mkdir(parents=True, exist_ok=True)
+    if not os.access(output, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(output))
+    log = output / LOG
+    if log.exists():
+        log.unlink()
+        progress.say(f"{output} holds a run that ended before its first state: it begins anew")
 
 
 def with_workers(

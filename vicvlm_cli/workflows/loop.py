@@ -35,6 +35,7 @@ T = TypeVar("T")
 # Never decayed: they are few, and their size means something (biases, norms, embeddings, scale).
 NO_DECAY = ("embed", "bias", "norm", "token", "logit_scale")
 LONGEST_WARMUP = 1 / 3  # of a run, where it is by steps
+ASK_SECONDS = 1.0  # between two looks at who was asked to stop; launchers kill half a minute later
 
 
 def parameter_groups(objective: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
@@ -88,6 +89,32 @@ def clock_of(config: TrainConfig) -> Callable[[], float]:
     if config.clock == "cpu":
         return lambda: time.process_time() / torch.get_num_threads()
     return time.perf_counter
+
+
+def agrees_anyway(accelerator: Accelerator, config: TrainConfig) -> bool:
+    """Whether asking all processes to stop costs no step: there is one, or all wait at each."""
+    several = accelerator.num_processes > 1
+    return not several or accelerator.device.type == "cpu" or config.max_minutes > 0
+
+
+class Agreements:
+    """At which steps processes agree whether to stop, where that makes them wait for the device.
+
+    At each step until steps are known to be shorter than ``ASK_SECONDS``. ``agreed`` gives all of
+    them the first process's value, so that all agree at the same steps.
+    """
+
+    def __init__(self, step: int, agreed: Callable[[int], int]) -> None:
+        self.next, self._agreed = step + 1, agreed
+        self._last, self._since = step, time.monotonic()
+
+    def made(self, step: int) -> None:
+        """All have agreed at ``step``."""
+        now = time.monotonic()
+        seconds = (now - self._since) / (step - self._last)
+        steps = int(ASK_SECONDS / max(seconds, 1e-9))
+        self.next = step + self._agreed(min(max(steps, 1), LOG_STEPS))
+        self._last, self._since = step, now
 
 
 def augment(batch: Batch, size: int, data: DataConfig, noise: Noise) -> Tensor:
@@ -204,6 +231,7 @@ def run_loop(
     pin = accelerator.device.type == "cuda"
     objective.train()
     stopping = StopAtStep()
+    agreements = None if agrees_anyway(accelerator, config) else Agreements(position.step, agreed)
     goal = steps * config.step_batches * per_batch
     with stopping, recorder, progress.bar("training", total=goal, unit="pairs") as bar:
         bar.advance(position.pairs)
@@ -254,10 +282,11 @@ def run_loop(
                 # At the end too, for what follows takes minutes.
                 interval = min(config.state_minutes, 1.0) if over else config.state_minutes
                 saving = (logging or over) and agreed(now - last_state > 60 * interval)
-                # Several processes must stop at one step, and agree where they wait anyhow.
-                waiting = logging or over or config.max_minutes > 0
-                waiting |= accelerator.num_processes == 1 or accelerator.device.type == "cpu"
-                stop = waiting and anyone(stopping.asked)
+                # Several processes must stop at one step.
+                asking = agreements is None or position.step >= agreements.next or logging or over
+                stop = asking and anyone(stopping.asked)
+                if asking and agreements is not None:
+                    agreements.made(position.step)
                 # Before anything is kept, so that weights of a loss that is not finite never are.
                 if logging or due or stop or over:
                     with part("log"):

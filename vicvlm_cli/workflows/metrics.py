@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from vicvlm_cli.errors import UserError
+from vicvlm_cli.report.progress import Progress
 
 LOG_STEPS = 10  # steps between two log lines; a device is waited for only there
 
@@ -35,11 +38,16 @@ class Metrics:
     """
 
     def __init__(
-        self, accelerator: Accelerator, path: Path, history: dict[str, Any] | None = None
+        self,
+        accelerator: Accelerator,
+        path: Path,
+        progress: Progress,
+        history: dict[str, Any] | None = None,
     ) -> None:
-        self.accelerator, self.path = accelerator, path
+        self.accelerator, self.path, self.progress = accelerator, path, progress
         self.history: dict[str, Any] = history or {}
         self._rows: list[tuple[int, dict[str, Tensor], dict[str, Tensor]]] = []
+        self._warned = False
 
     def add(self, step: int, values: Mapping[str, Tensor], trivial: Mapping[str, Tensor]) -> None:
         """Keep one step's raw losses; nothing is copied from the device yet."""
@@ -79,13 +87,30 @@ class Metrics:
         return means
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one JSON line and send its numbers to the tracker, if there is one."""
+        """Append one JSON line and send its numbers to the tracker, if there is one.
+
+        A line that cannot be written is a warning, once: a training is worth more.
+        """
         if not self.accelerator.is_main_process:
             return
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        try:
+            self._append(json.dumps(row).encode() + b"\n")
+        except OSError as error:
+            if not self._warned:
+                self.progress.say(
+                    f"warning: {self.path} cannot be written: {error.strerror}; the run goes on, "
+                    "and its log lacks lines"
+                )
+            self._warned = True
         flat = dict(_flatten(row))
         self.accelerator.log(flat, step=int(row["step"]))
+
+    def _append(self, line: bytes) -> None:
+        with open(self.path, "ab", buffering=0) as file:
+            end = file.tell()
+            if file.write(line) < len(line):  # no part of it stays, or the next would be spoiled
+                file.truncate(end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def summary(self, weights: Mapping[str, float]) -> list[LossRow]:
         """First, last and trivial value of every loss that was trained."""

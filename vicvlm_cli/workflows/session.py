@@ -21,7 +21,7 @@ from vicvlm_cli.report.progress import Progress
 from vicvlm_cli.settings import Config, TrainConfig
 from vicvlm_cli.workflows.bank import make_bank
 from vicvlm_cli.workflows.metrics import Metrics
-from vicvlm_cli.workflows.state import Position, save_run_state
+from vicvlm_cli.workflows.state import Position, save_run_state, writing
 from vicvlm_cli.workflows.views import drop_views
 
 TOLD = {"validation": "validation at", "kept": "weights kept, of"}  # rows of metrics, for people
@@ -201,16 +201,17 @@ class Session:
         job = self.job
         if bank is not None and row is not None:
             bank = bank.at(RerankWeights(**row["bank_weights"]))
-        save_model(
-            self.checkpoint,
-            model,
-            job.tokenizer,
-            config=configs.to_dict(job.config),
-            data=job.origin,
-            objective=job.train.objective,
-            rerank_weights=_weights_of(row) if row else RerankWeights(),
-            bank=bank,
-        )
+        with writing(job.run):
+            save_model(
+                self.checkpoint,
+                model,
+                job.tokenizer,
+                config=configs.to_dict(job.config),
+                data=job.origin,
+                objective=job.train.objective,
+                rerank_weights=_weights_of(row) if row else RerankWeights(),
+                bank=bank,
+            )
 
 
 def _weights_of(row: dict[str, Any]) -> RerankWeights:

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from vicvlm_cli import config as configs
-from vicvlm_cli.checkpoint import load_model
+from vicvlm_cli.checkpoint import FILE_NAME, load_model
 from vicvlm_cli.data.batches import Plan
 from vicvlm_cli.data.prepared import PreparedDataset
 from vicvlm_cli.data.tokenizer import Tokenizer
@@ -29,6 +29,8 @@ from vicvlm_cli.report.progress import Progress
 from vicvlm_cli.settings import Config, ModelConfig
 from vicvlm_cli.workflows.launch import (
     LAUNCH_ON_CPUS,
+    LOG,
+    RESULT,
     join,
     make_accelerator,
     require_processes,
@@ -39,7 +41,13 @@ from vicvlm_cli.workflows.loop import parameter_groups, run_loop, total_steps
 from vicvlm_cli.workflows.metrics import LossRow, Metrics, summary_dicts
 from vicvlm_cli.workflows.profile import Recorder, trace_file
 from vicvlm_cli.workflows.session import Job, Session
-from vicvlm_cli.workflows.state import Position, find_run_state, load_run_state
+from vicvlm_cli.workflows.state import (
+    Position,
+    RunError,
+    find_run_state,
+    kept_step,
+    load_run_state,
+)
 from vicvlm_cli.workflows.views import check_views, drop_views
 
 PRESET_OF_SOURCE = {
@@ -114,23 +122,23 @@ def pretrain(
         if preset or config_file or overrides or output:
             raise UsageError("--resume goes on with a run's own settings: give it alone")
         return _resume("pretrain", dataset, resume, track, trace, progress)
-    if preset is None and config_file is None:
+    if preset is None:
         preset = PRESET_OF_SOURCE.get(dataset.manifest.source, DEFAULT_PRESET)
         source = dataset.manifest.source
         progress.say(f"preset: {preset} (default for {source}; --preset to change)")
     config = configs.load_config(preset, config_file, overrides, recipe_of=recipe_of)
-    run = run_folder("pretrain", dataset, output)
-    accelerator = make_accelerator(config.pretrain, track, run)
-    split = dataset.split("train")
-    if config.model.text_encoder:
-        tokenizer = Tokenizer.load(config.model.text_encoder)
-    else:
-        captions = (caption for group in split.captions for caption in group)
-        tokenizer = Tokenizer.train(captions, config.model.vocab_size)
-    set_seed(config.pretrain.seed)
-    model = create_model(config.model, tokenizer.vocab_size)
-    job = Job("pretrain", config, model, tokenizer, dataset, run, Position())
-    return _train(job, accelerator, trace, progress)
+    with run_folder("pretrain", dataset, output, progress) as run:
+        accelerator = make_accelerator(config.pretrain, track, run)
+        split = dataset.split("train")
+        if config.model.text_encoder:
+            tokenizer = Tokenizer.load(config.model.text_encoder)
+        else:
+            captions = (caption for group in split.captions for caption in group)
+            tokenizer = Tokenizer.train(captions, config.model.vocab_size)
+        set_seed(config.pretrain.seed)
+        model = create_model(config.model, tokenizer.vocab_size)
+        job = Job("pretrain", config, model, tokenizer, dataset, run, Position())
+        return _train(job, accelerator, trace, progress)
 
 
 def finetune(
@@ -163,11 +171,11 @@ def finetune(
     config = configs.load_config(base=loaded.info.config, overrides=overrides)
     if config.model != loaded.vlm.config:
         raise UsageError("a checkpoint's model cannot be changed: leave out --set model.…")
-    run = run_folder("finetune", dataset, output)
-    accelerator = make_accelerator(config.finetune, track, run)
-    set_seed(config.finetune.seed)
-    job = Job("finetune", config, loaded.vlm, loaded.tokenizer, dataset, run, Position())
-    return _train(job, accelerator, trace, progress)
+    with run_folder("finetune", dataset, output, progress) as run:
+        accelerator = make_accelerator(config.finetune, track, run)
+        set_seed(config.finetune.seed)
+        job = Job("finetune", config, loaded.vlm, loaded.tokenizer, dataset, run, Position())
+        return _train(job, accelerator, trace, progress)
 
 
 def _resume(
@@ -180,8 +188,7 @@ def _resume(
 ) -> TrainResult:
     state = find_run_state(run)
     if state is None:
-        done = " it has finished" if (run / "result.json").is_file() else " it has no saved state"
-        raise UserError(f"{run} cannot be resumed:{done}; start a new run without --resume")
+        raise UserError(f"{run} cannot be resumed: {_why_not(run)}")
     description = json.loads((state / "run.json").read_text("utf-8"))
     if description["kind"] != kind:
         raise UserError(f"{run} is a {description['kind']} run: use vicvlm {description['kind']}")
@@ -203,7 +210,33 @@ def _resume(
     return _train(job, accelerator, trace, progress)
 
 
+def _why_not(run: Path) -> str:
+    """Why a run without a saved state does not go on, and what to do instead."""
+    if (run / RESULT).is_file():
+        return "it has finished; start a new run without --resume"
+    if (run / FILE_NAME).is_file():
+        return f"it has a {FILE_NAME} but no saved state; start a new run in another folder"
+    what = "it has no saved state" if run.is_dir() else "there is no such folder"
+    return f"{what}; give the command that begins it, with --output {run} and without --resume"
+
+
 def _train(
+    job: Job, accelerator: Accelerator, trace: Path | None, progress: Progress
+) -> TrainResult:
+    try:
+        return _run_job(job, accelerator, trace, progress)
+    except torch.OutOfMemoryError as error:
+        pairs = job.train.contrastive_batch or job.train.batch_size
+        step = kept_step(job.run)
+        kept = f"; the state of step {step} is kept, for --resume {job.run} with more memory free"
+        raise RunError(
+            f"out of memory on {accelerator.device}: lower --batch-size, which is "
+            f"{job.train.batch_size} (--contrastive-batch {pairs} keeps the size of the contrast)"
+            f"{'' if step is None else kept}"
+        ) from error
+
+
+def _run_job(
     job: Job, accelerator: Accelerator, trace: Path | None, progress: Progress
 ) -> TrainResult:
     config, data = job.train, job.config.data
@@ -229,10 +262,7 @@ def _train(
     if job.state is not None:
         load_run_state(accelerator, job.state)
     set_seed(config.seed + job.position.step, device_specific=True)
-    if accelerator.is_main_process:
-        job.run.mkdir(parents=True, exist_ok=True)
-    accelerator.wait_for_everyone()
-    metrics = Metrics(accelerator, job.run / "metrics.jsonl", job.position.losses)
+    metrics = Metrics(accelerator, job.run / LOG, progress, job.position.losses)
     _say_what(job, accelerator, plan, progress)
     session = Session(job, accelerator, metrics, progress)
     if job.kind == "finetune" and config.select == "best" and job.state is None:
@@ -278,7 +308,10 @@ def _train(
         profile=recorder.profile,
     )
     if accelerator.is_main_process:
-        _write_whole(job.run / "result.json", json.dumps(result.to_dict(), indent=2) + "\n")
+        try:
+            _write_whole(job.run / RESULT, json.dumps(result.to_dict(), indent=2) + "\n")
+        except OSError as error:  # all that it says is returned, and the weights are kept
+            progress.say(f"warning: {job.run / RESULT} was not written: {error.strerror}")
     return result
 
 
@@ -311,5 +344,8 @@ def _say_what(job: Job, accelerator: Accelerator, plan: Plan, progress: Progress
 
 def _write_whole(path: Path, text: str) -> None:
     beside = path.with_name(f".{path.name}.part")
-    beside.write_text(text, "utf-8")
-    os.replace(beside, path)
+    try:
+        beside.write_text(text, "utf-8")
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
