@@ -69,7 +69,7 @@ METHODS: dict[str, Method] = {
     "vicvlm-encode-hidden": Method(("pretrain.options.drop_hidden=false",)),
     "vicvlm-pixel": Method(("pretrain.options.target=pixel",)),
     "clip": _named("clip"),
-    "siglip": _named("clip", "pretrain.options.loss=sigmoid", "finetune.options.loss=sigmoid"),
+    "siglip": _named("clip", "pretrain.options.loss=sigmoid"),
     "vsepp": _named("vsepp"),
     "scan": _scan(),
     "scan-i2t": _scan("model.fusion_options.direction=i2t"),

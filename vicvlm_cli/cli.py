@@ -16,13 +16,14 @@ import typer
 
 from vicvlm_cli import __version__, remembered
 from vicvlm_cli import options as o
-from vicvlm_cli.console import RANK, Commands, call, default, make_progress, remember, show
+from vicvlm_cli.console import RANK, Commands, call, default, make_progress, remember, show, tell
 from vicvlm_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from vicvlm_cli.report.progress import Progress
 
 DISTRIBUTED = ("pretrain", "finetune")  # in a launch of several, the others run on rank 0 alone
+GONE = ("by peer", "remote process exited")  # what gloo and NCCL say when another process has ended
 
 app = typer.Typer(
     cls=Commands,
@@ -153,7 +154,6 @@ def pretrain(
             *_overrides("pretrain", contrastive_batch=contrastive_batch),
             *_overrides("data", cache=cache),
             *_overrides("pretrain.options", target=target, loss=loss, variant=variant),
-            *_overrides("finetune.options", loss=loss),
             *_overrides("pretrain.options", teacher=teacher, teacher_weights=teacher_weights),
         ],
         output=output,
@@ -282,7 +282,7 @@ def retrieve(
     gallery: o.GalleryPath = None,
     checkpoint: o.OwnCheckpoint = None,
     top_k: o.Hits = 10,
-    rerank: o.Rerank = False,
+    rerank: o.Rerank = None,
     sheet: o.Sheet = None,
     as_json: o.AsJson = False,
 ) -> None:
@@ -327,12 +327,19 @@ def _overrides(table: str, **options: Any) -> list[str]:
 
 
 def main() -> None:
-    """The `vicvlm` command. An error that is not the user's is a bug: one line, no traceback."""
+    """The `vicvlm` command. An error that is not the user's is a bug: one line, no traceback.
+
+    That another process of the launch has ended is no bug of this one.
+    """
     try:
         app(prog_name="vicvlm")
     except Exception as error:
         if os.environ.get("VICVLM_DEBUG"):
             raise
-        typer.echo(f"unexpected {type(error).__name__}: {error}", err=True)
-        typer.echo("this is a bug; VICVLM_DEBUG=1 shows where it happened", err=True)
+        several = int(os.environ.get("WORLD_SIZE") or 1) > 1
+        if several and any(words in str(error) for words in GONE):
+            tell("error: another process of the launch has ended, see what it says")
+        else:
+            tell(f"unexpected {type(error).__name__}: {error}")
+            tell("this is a bug; VICVLM_DEBUG=1 shows where it happened")
         sys.exit(1)

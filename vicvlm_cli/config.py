@@ -178,7 +178,8 @@ def load_config(
     Where the pretraining objective asked for is not the preset's own (or there is no preset),
     ``recipe_of`` gives that method's table. Encoders, data and schedule remain the preset's; its
     losses and options, which are of its own method, go. Where both are fine-tuned by one objective,
-    its losses there count as much and as often as in the preset.
+    its losses there count as much and as often as in the preset. A method that is fine-tuned with
+    itself has the options of pretraining there too, where it has none of its own.
     """
     table: dict[str, Any] = dict(base or {})
     if preset:
@@ -198,12 +199,23 @@ def load_config(
                 stage["losses"] = {k: v for k, v in losses.items() if k in own["losses"]}
             table = {**table, kind: stage}
         table = merge(table, recipe)
-    return from_dict(Config, merge(table, over))
+    table = merge(table, over)
+    if _objective(table) == _objective(table, "finetune") is not None:
+        options = {k: v for k, v in _options(table, "pretrain").items() if k not in BESIDE_OPTIONS}
+        table = merge({"finetune": {"options": options}}, table)
+    return from_dict(Config, table)
 
 
 METHOD_SETTINGS = ("objective", "losses", "options")
+BESIDE_OPTIONS = ("expander",)  # of losses beside the method's own, which fine-tuning may not have
 
 
 def _objective(table: Mapping[str, Any], kind: str = "pretrain") -> Any:
     stage = table.get(kind, {})
     return stage.get("objective") if isinstance(stage, Mapping) else None
+
+
+def _options(table: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
+    stage = table.get(kind, {})
+    options = stage.get("options", {}) if isinstance(stage, Mapping) else {}
+    return options if isinstance(options, Mapping) else {}

@@ -244,31 +244,61 @@ class LoadedModel:
 
         Raises UserError where the numbers differ or a picture cannot be read.
         """
+        of_pair = self.vlm.pair_score
+        scale, weight = self.logit_scale, 0.0
+        if of_pair is not None:
+            scale, weight = of_pair.weights(scale, self.info.rerank_weights.image_retrieval)
+        scores = [torch.empty(0)]
+        # Other views are for the cosine alone.
+        for image, text in self._pairs(images, texts, batch_size, views=None if scale else 1):
+            score = scale * (image.features * text.features).sum(1)
+            if weight:
+                with inferring(self.vlm, self.device, self.precision):
+                    score = score + weight * self.vlm.match(image, text)
+            scores.append(score.cpu() - scale * self.off_images(image.features.cpu()))
+        return torch.cat(scores)
+
+    def match_pairs(
+        self, images: Iterable[ImageSource], texts: Iterable[str], batch_size: int = IMAGE_BATCH
+    ) -> Tensor:
+        """What the model has to say of picture i and text i beyond their cosine, [n].
+
+        That is the log-odds of a matching head, or the pair score that stands alone.
+
+        Raises UserError as :meth:`score_pairs`, and where the model cannot match.
+        """
+        if self.vlm.pair_score is None:
+            raise UserError("this model has no matching head: score_pairs gives its similarities")
+        logits = [torch.empty(0)]
+        for image, text in self._pairs(images, texts, batch_size, views=1):
+            with inferring(self.vlm, self.device, self.precision):
+                logits.append(self.vlm.match(image, text).float().cpu())
+        return torch.cat(logits)
+
+    def _pairs(
+        self,
+        images: Iterable[ImageSource],
+        texts: Iterable[str],
+        batch_size: int,
+        views: int | None,
+    ) -> Iterator[tuple[Encoded, Encoded]]:
         images, texts = list(images), _listed(texts)
         if len(images) != len(texts):
             raise UserError(
                 f"pairs need as many texts as pictures, not {len(texts)} and {len(images)}: "
                 "repeat the one that belongs to several"
             )
-        of_pair = self.vlm.pair_score
-        scale, weight = self.logit_scale, 0.0
-        if of_pair is not None:
-            scale, weight = of_pair.weights(scale, self.info.rerank_weights.image_retrieval)
-        scores = [torch.empty(0)]
-        for batch in self._image_batches(images, batch_size):
+        for batch in self._image_batches(images, batch_size, views):
             words = texts[batch.rows[0] : batch.rows[-1] + 1]
             input_ids, mask = self.tokenizer(words, self.vlm.config.max_tokens)
             with inferring(self.vlm, self.device, self.precision):
                 text = self.vlm.encode_text(input_ids.to(self.device), mask.to(self.device))
                 text = _normalized(text)
-                score = scale * (batch.encoded.features * text.features).sum(1)
-                if weight:
-                    score += weight * self.vlm.match(batch.encoded, text).float()
-            off = self.off_images(batch.encoded.features.cpu())
-            scores.append(score.cpu() - scale * off)
-        return torch.cat(scores)
+            yield batch.encoded, text
 
-    def _image_batches(self, images: list[ImageSource], batch_size: int) -> Iterator[ImageBatch]:
+    def _image_batches(
+        self, images: list[ImageSource], batch_size: int, views: int | None = None
+    ) -> Iterator[ImageBatch]:
         size = self.vlm.eval_image_size
         for batch in encode_image_batches(
             self.vlm,
@@ -277,6 +307,7 @@ class LoadedModel:
             device=self.device,
             precision=self.precision,
             batch_size=batch_size,
+            views=views,
         ):
             for i, reason in batch.bad:
                 source = images[i]

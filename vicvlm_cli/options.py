@@ -123,7 +123,11 @@ Pictures = Annotated[
 ]
 CheckpointPath = Annotated[Path | None, _option(_CHECKPOINT, "--checkpoint")]
 GalleryFolder = Annotated[
-    Path | None, _option("Folder of the gallery. [default: gallery/ beside the checkpoint]")
+    Path | None,
+    _option(
+        "Folder of the gallery; what has not changed is kept. [default: gallery/ beside the "
+        "checkpoint]"
+    ),
 ]
 Query = Annotated[str | None, _argument("What to look for, in words.")]
 QueryImage = Annotated[Path | None, _option("Look for pictures like this one instead.")]
@@ -133,6 +137,11 @@ OwnCheckpoint = Annotated[
 ]
 Hits = Annotated[int, _option("How many pictures.", "--top-k", min=1)]
 Rerank = Annotated[
-    bool, _option("Let ITM re-rank the best pictures; scan and vilt always do.", "--rerank")
+    bool | None,
+    _option(
+        "Let ITM, or the pair score of scan and vilt, order the best pictures. [default: where its "
+        "weight in the checkpoint is above 0]",
+        "--rerank/--no-rerank",
+    ),
 ]
 Sheet = Annotated[Path | None, _option("Draw the result into this picture file.")]

@@ -114,6 +114,19 @@ def test_matching_reads_the_fused_pair_and_the_product_of_its_features(fusion: s
         torch.testing.assert_close(logits[row], expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("fusion", ["concat", "co_attention", "single_stream"])
+def test_log_odds_of_half_precision_tell_pairs_apart(fusion: str) -> None:
+    model, batch = make_model(fusion=fusion).eval(), make_batch(8)
+    with torch.no_grad():
+        model.itm_head.bias.fill_(4.0)  # where numbers of bfloat16 are 1/32 apart
+        model.itm_head.weight.mul_(0.2)
+        with torch.autocast("cpu", torch.bfloat16):
+            image = model.encode_image(batch.image)
+            text = model.encode_text(batch.input_ids, batch.attention_mask)
+            odds = model.match(image, text)
+    assert odds.dtype == torch.float32 and len(odds.unique()) == 8
+
+
 def test_the_temperature_starts_as_configured() -> None:
     assert math.isclose(
         float(make_model(temperature=0.05).logit_scale.exp().detach()), 20, rel_tol=1e-5

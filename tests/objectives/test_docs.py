@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import test_objectives as contract
 import torch
 from tiny import make_batch, make_model, make_tokenizer
 
@@ -44,6 +46,26 @@ def test_the_example_learns(barlow: None) -> None:
         objective.after_step()
         values.append(float(losses["barlow"].detach()))
     assert values[-1] < 0.5 * float(trivial["barlow"]) < values[0]
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        contract.test_the_losses_are_those_named_and_finite,
+        contract.test_every_trainable_parameter_gets_a_gradient,
+        contract.test_a_tiny_batch_is_learned_by_heart,
+        partial(contract.test_padding_changes_no_loss, more=5),
+        contract.test_the_same_noise_gives_the_same_losses,
+        contract.test_the_recipe_names_losses_that_there_are,
+    ],
+)
+def test_the_example_keeps_the_contract(barlow: None, check: Any) -> None:
+    check("barlow", {}, "none")
+
+
+def test_the_example_goes_on_with_what_frozen_blocks_began(barlow: None) -> None:
+    contract.test_a_step_goes_on_with_what_the_frozen_blocks_began("barlow", {})
+    contract.test_validation_changes_no_state("barlow", {})
 
 
 def test_its_recipe_lies_over_a_preset(barlow: None) -> None:

@@ -102,6 +102,17 @@ def test_sigmoid(image_id: list[int], each: int) -> None:
     assert float(losses.sigmoid_base_rate(torch.ones(2, 2, dtype=torch.bool))) == 0
 
 
+@pytest.mark.parametrize("away", [0.0, 40.0, -3.0])
+def test_the_sigmoids_bias_expects_as_many_positives_as_there_are(away: float) -> None:
+    same = torch.eye(5, 7, dtype=torch.bool)
+    scores = 3 * randn(5, 7) + away
+    bias = losses.sigmoid_bias(scores, same)
+    assert float((scores + bias).sigmoid().sum()) == pytest.approx(5, rel=1e-4)
+    # There the loss no longer gains from moving all scores alike.
+    around = [float(losses.sigmoid(scores + bias + by, same)) for by in (-0.1, 0.0, 0.1)]
+    assert around[1] == min(around)
+
+
 def slow_hinge(similarity: Tensor, image_id: list[int], margin: float, hardest: bool) -> Tensor:
     number = len(image_id)
     total = torch.zeros((), dtype=similarity.dtype)

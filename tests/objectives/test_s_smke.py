@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 import timm
 import torch
+from gradients import assert_same
 from safetensors.torch import save_file
 from tiny import make_batch, make_model, make_tokenizer, pad, teacher_weights
+from torch import Tensor
 
+from vicvlm_cli.data.batches import Batch
 from vicvlm_cli.errors import UsageError, UserError
 from vicvlm_cli.objectives import create_objective, losses
 from vicvlm_cli.objectives.ranks import Noise
@@ -81,6 +84,10 @@ def test_a_teacher_may_give_another_width_than_timm_says(tmp_path: Path) -> None
     assert teacher(torch.rand(2, 3, 32, 32) * 255).shape == (2, teacher.width)
 
 
+def words_of(batch: Batch) -> tuple[Tensor, Tensor]:
+    return batch.input_ids, batch.attention_mask
+
+
 def slow_kd(student: Any, taught: Any, image_id: list[int], bank: list[tuple[int, Any]]) -> Any:
     total = 0.0
     for i, feature in enumerate(student):
@@ -105,6 +112,41 @@ def test_kd_against_a_slow_reference() -> None:
     slow = slow_kd(student, taught, image_id, list(zip(bank_id, bank, strict=True)))
     torch.testing.assert_close(fast, slow)
     torch.testing.assert_close(gradient, torch.autograd.grad(slow, student)[0])
+
+
+@pytest.mark.parametrize("more", [False, True])
+def test_both_losses_are_means_of_two_sides(weights: str, more: bool) -> None:
+    objective, batch = make(weights).eval(), make_batch()
+    batch.image_id[3] = batch.image_id[1]
+    model, ids = objective.model, batch.image_id
+    with torch.no_grad():
+        for scale, value in ((objective.attended_scale, 1.0), (objective.kd_scale, 2.0)):
+            scale.fill_(value)  # all three temperatures start as one
+        objective.bank.push(objective.teacher(255 - batch.image[:3]), torch.tensor([8, 1, 9]))
+    image, text = model.encode_image(batch.image), model.encode_text(*words_of(batch))
+    heads = objective.image_head(image.attended), objective.text_head(text.attended)
+    first, second = (x / x.norm(dim=1, keepdim=True) for x in heads)
+    attended = objective.attended_scale.exp() * first @ second.T
+    final = model.logit_scale.exp() * image.features @ text.features.T
+    guesses = [losses.itc_trivial(6, 6)] * 2
+    if more:  # of the final output alone: the next row's caption as a further one of each picture
+        batch.more_ids, batch.more_mask = (x.roll(-1, 0)[:, None] for x in words_of(batch))
+        final = torch.cat([final, final.roll(-1, 1)], 1)
+        guesses[0] = losses.itc_trivial(6, 12)
+    values, trivial = objective(batch, Noise(0, 0, CPU), BOTH)
+    assert_same(values["itc"], (losses.itc(final, ids) + losses.itc(attended, ids)) / 2, objective)
+    assert float(trivial["itc"]) == pytest.approx(float(guesses[0] + guesses[1]) / 2)
+
+    taught = objective.teacher(batch.image)
+    bank = list(zip([8, 1, 9], objective.bank.features[:3], strict=True))
+    sides = []
+    for encoded in (image, text):
+        student = objective.kd_head(encoded.tokens[:, 0])
+        student = objective.kd_scale.exp() * student / student.norm(dim=1, keepdim=True)
+        sides.append(slow_kd(student, taught, ids.tolist(), bank))
+    assert float((sides[0] - sides[1]).detach().abs()) > 1e-3
+    assert_same(values["kd"], (sides[0] + sides[1]) / 2, objective)
+    assert float(trivial["kd"]) == pytest.approx(math.log(6 + 3))
 
 
 def test_the_bank_is_of_earlier_steps_and_of_training_only(weights: str) -> None:

@@ -37,7 +37,7 @@ def photos(tiny_data, tmp_path):
 
 
 def test_words_find_the_most_similar_pictures(gallery, tiny_checkpoint, capsys):
-    result = retrieve(gallery, WORDS, top_k=4, progress=Progress())
+    result = retrieve(gallery, WORDS, top_k=4, rerank=False, progress=Progress())
     stored, model = Gallery.open(gallery), load_model(tiny_checkpoint)
     cosines = stored.features @ model.encode_texts([WORDS])[0]
     order = cosines.argsort(descending=True)[:4].tolist()
@@ -77,9 +77,35 @@ def test_reranking_orders_the_candidates_by_the_combined_score(gallery, tiny_che
     assert result.reranked
 
 
+def test_the_checkpoint_says_whether_to_rerank(make_checkpoint, tiny_data, tmp_path):
+    for weight in (0.0, 0.5):
+        checkpoint = make_checkpoint(weights=(weight, 0.3))
+        path = embed(tiny_data, checkpoint, output=tmp_path / f"{weight}", progress=QUIET).path
+        found = {
+            asked: retrieve(path, WORDS, rerank=asked, progress=QUIET)
+            for asked in (None, False, True)
+        }
+        assert found[None].reranked == (weight > 0) and found[True].reranked
+        assert not found[False].reranked
+        assert found[None].hits == found[weight > 0].hits
+
+
+def test_cosines_beside_itm_are_the_gallerys(tiny_data, make_checkpoint, tmp_path):
+    checkpoint = make_checkpoint(weights=(0.5, 0.5))
+    path = embed(tiny_data, checkpoint, views=2, output=tmp_path / "g", progress=QUIET).path
+    stored, model = Gallery.open(path), load_model(checkpoint)
+    hits = retrieve(path, WORDS, top_k=3, progress=QUIET).hits
+    cosines = stored.features @ model.encode_texts([WORDS])[0]
+    itm = model.match_pairs([stored.image(hit.row) for hit in hits], [WORDS] * 3)
+    for hit, logit in zip(hits, itm.tolist(), strict=True):
+        cosine = float(cosines[hit.row])
+        assert hit.cosine == pytest.approx(cosine, abs=1e-5)
+        assert hit.score == pytest.approx(model.logit_scale * cosine + 0.5 * logit, abs=1e-3)
+
+
 def test_only_the_candidates_are_reranked(gallery, monkeypatch):
     monkeypatch.setattr("vicvlm_cli.workflows.retrieve.CANDIDATES", 3)
-    top = {hit.row for hit in retrieve(gallery, WORDS, top_k=3, progress=QUIET).hits}
+    top = {hit.row for hit in retrieve(gallery, WORDS, top_k=3, rerank=False, progress=QUIET).hits}
     found = retrieve(gallery, WORDS, top_k=2, rerank=True, progress=QUIET).hits
     assert len(found) == 2 and {hit.row for hit in found} < top
 
@@ -88,14 +114,19 @@ def test_pictures_that_are_gone(photos, tiny_checkpoint, tmp_path, capsys):
     path = embed(photos, tiny_checkpoint, output=tmp_path / "g", progress=QUIET).path
     sheet = tmp_path / "sheet.png"
     (photos / "2.png").unlink()
-    assert len(retrieve(path, WORDS, sheet=sheet, progress=QUIET).hits) == 5
+    assert len(retrieve(path, WORDS, rerank=False, sheet=sheet, progress=QUIET).hits) == 5
     capsys.readouterr()
     found = retrieve(path, WORDS, rerank=True, progress=Progress()).hits
     assert sorted(hit.id for hit in found) == ["0", "1", "3", "4"]
     assert [hit.rank for hit in found] == [1, 2, 3, 4]
-    assert "2.png is missing and was left out" in capsys.readouterr().err
+    assert "2.png is missing and was left out\n" in capsys.readouterr().err
+    (photos / "4.png").write_text("no picture")
+    assert len(retrieve(path, WORDS, progress=Progress()).hits) == 3
+    assert "was left out, and 1 others" in capsys.readouterr().err
     shutil.rmtree(photos)
-    assert len(retrieve(path, WORDS, progress=QUIET).hits) == 5
+    found = retrieve(path, WORDS, progress=Progress())
+    assert len(found.hits) == 5 and not found.reranked
+    assert "the order is that of the vectors, without ITM" in capsys.readouterr().err
     with pytest.raises(UserError, match="no candidate's picture can be read"):
         retrieve(path, WORDS, rerank=True, progress=QUIET)
 

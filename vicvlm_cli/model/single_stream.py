@@ -117,8 +117,11 @@ class SingleStream(RetrievalModel):
         return self.match_stream(self.run(image.tokens, text.tokens, text.mask))
 
     def match_stream(self, stream: Stream) -> Tensor:
-        """Log-odds [B] from the first word, [CLS], as the transformer leaves it."""
-        return self.itm_head(self.pooler(stream.text[:, 0])).squeeze(-1).float()
+        """Log-odds [B] float32 from the first word, [CLS], as the transformer leaves it."""
+        # In half precision many pairs would tie: this alone orders them.
+        with torch.autocast(stream.text.device.type, enabled=False):
+            out: Tensor = self.itm_head(self.pooler(stream.text[:, 0].float()))
+        return out.squeeze(-1)  # [B, 1] to [B]
 
     @torch.no_grad()
     def _alone(self, tokens: Tensor, mask: Tensor | None) -> Tensor:

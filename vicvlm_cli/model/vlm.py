@@ -232,7 +232,7 @@ class VLM(RetrievalModel):
         return self.match_fused(fused, image.features, text.features)
 
     def match_fused(self, fused: Fused, image_features: Tensor, text_features: Tensor) -> Tensor:
-        """Log-odds [B] from fused tokens and the features [B, P] of both sides.
+        """Log-odds [B] float32 from fused tokens and the features [B, P] of both sides.
 
         Beside the fused tokens the head sees the elementwise product of the two features
         (ViLBERT, arXiv 1908.02265, sec. 3.1), so that it refines the similarity from its first
@@ -240,7 +240,10 @@ class VLM(RetrievalModel):
         """
         assert self.itm_head is not None
         product = image_features * text_features * self.config.projection_dim  # [B, P], of order 1
-        return self.itm_head(torch.cat([fused.pooled, product], dim=1)).squeeze(-1).float()
+        # Log-odds of half precision, of which some ten lie between 1 and 1.1, would make ties.
+        with torch.autocast(product.device.type, enabled=False):
+            both = torch.cat([fused.pooled.float(), product.float()], dim=1)
+            return self.itm_head(both).squeeze(-1)  # [B, 1] to [B]
 
 
 def _bert_of(config: ModelConfig) -> BertConfig:

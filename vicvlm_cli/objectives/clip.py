@@ -33,14 +33,19 @@ class CLIP(nn.Module):
     RECIPE: ClassVar[dict[str, Any]] = {
         "model": {"fusion": "none"},
         "pretrain": {"losses": {"itc": {}}},
-        "finetune": {"objective": "clip", "losses": {"itc": {}}},
+        "finetune": {"objective": "clip", "losses": {"itc": {}}, "options": {"fit_bias": True}},
     }
 
     @dataclass(frozen=True)
     class Config:
-        """``loss``: ``softmax`` (CLIP) or ``sigmoid`` (SigLIP)."""
+        """``loss``: ``softmax`` (CLIP) or ``sigmoid`` (SigLIP).
+
+        ``fit_bias``: the sigmoid's bias starts where the first batch wants it, not at -10. It moves
+        by no more than the learning rate a step, and is another one once features are trained.
+        """
 
         loss: str = "softmax"
+        fit_bias: bool = False
 
     def __init__(self, model: VLM, tokenizer: Tokenizer, config: Config) -> None:
         super().__init__()
@@ -50,6 +55,9 @@ class CLIP(nn.Module):
         # Nearly all pairs are negatives: the bias starts there (SigLIP, sec. 3.1). It moves every
         # score alike and changes no ranking, so it is no part of the model.
         self.bias = nn.Parameter(torch.tensor(-10.0)) if config.loss == "sigmoid" else None
+        self.register_buffer("fitted", torch.tensor(not config.fit_bias))
+
+    fitted: Tensor
 
     def forward(
         self, batch: Batch, noise: Noise, active: Set[str], cached: Cached = None
@@ -76,8 +84,12 @@ class CLIP(nn.Module):
         if more is not None:
             texts = torch.cat([texts, *more.unbind(1)])  # [(1 + E) * G, P]
             captions = image_id.repeat(1 + more.shape[1])
-        logits = self.model.logit_scale.exp() * (images @ texts.T) + self.bias  # [G, (1 + E) * G]
+        scores = self.model.logit_scale.exp() * (images @ texts.T)  # [G, (1 + E) * G]
         same = image_id[:, None] == captions[None, :]
+        if self.config.fit_bias and self.training and not self.fitted:
+            self.bias.data.copy_(losses.sigmoid_bias(scores, same))
+            self.fitted.fill_(True)
+        logits = scores + self.bias
         return losses.sigmoid(logits, same), losses.sigmoid_base_rate(same)
 
     def after_step(self) -> None:

@@ -54,6 +54,25 @@ def sigmoid_base_rate(same: Tensor) -> Tensor:
     return same.shape[1] * (torch.special.entr(p) + torch.special.entr(1 - p))
 
 
+@torch.no_grad()
+def sigmoid_bias(scores: Tensor, same: Tensor) -> Tensor:
+    """What to add to ``scores`` so that as many positives are expected as there are.
+
+    Args:
+        scores: [B, K], logits without a bias.
+        same: bool [B, K], the positives, some but not all.
+    """
+    share = same.double().mean()
+    prior = share.log() - (-share).log1p()
+    # A score's own distance from the prior is at most how far the bias has to go.
+    low, high = prior - scores.max(), prior - scores.min()
+    for _ in range(40):
+        middle = (low + high) / 2
+        above = (scores + middle).double().sigmoid().mean() > share
+        low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+    return (low + high) / 2
+
+
 def hinge(similarity: Tensor, image_id: Tensor, margin: float, hardest: bool) -> Tensor:
     """How far negatives come within ``margin`` of the pair, both ways, mean over the batch.
 

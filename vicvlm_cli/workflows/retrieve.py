@@ -27,7 +27,7 @@ def retrieve(
     *,
     checkpoint: Path | None = None,
     top_k: int = 10,
-    rerank: bool = False,
+    rerank: bool | None = None,
     sheet: Path | None = None,
     progress: Progress,
 ) -> RetrieveResult:
@@ -36,8 +36,9 @@ def retrieve(
     Args:
         checkpoint: None is the model that the gallery names.
         top_k: how many hits, at most as many as the gallery has pictures.
-        rerank: order the best candidates by similarity and ITM together (text queries only). A
-            model whose pair score stands alone (SCAN, ViLT) always orders them by that.
+        rerank: order the best candidates by similarity and ITM together, or by the pair score of
+            a model where that stands alone, SCAN or ViLT (text queries only). None is the model's
+            own way: where the weight of its score, chosen on validation, is above 0.
         sheet: a picture file to draw the query and the hits into.
 
     Raises:
@@ -60,15 +61,17 @@ def retrieve(
     stored = Gallery.open(gallery)
     model = _model_of(stored, gallery, checkpoint, progress)
     own = model.vlm.pair_score
-    if own is not None and own.alone:
-        rerank = query is not None
-        if image is not None:
-            progress.say(
-                f"note: {own.name} is of words with pictures: pictures like this one are in the "
-                "order of the shortlist's vectors"
-            )
     if rerank and own is None:
         raise UsageError("this model has no matching head: leave out --rerank")
+    if own is not None and own.alone and not (rerank is not False and image is None):
+        of = "pictures like this one" if image else "without re-ranking, they"
+        progress.say(
+            f"note: {own.name} is of words with pictures: {of} are in the order of the "
+            "shortlist's vectors"
+        )
+    asked = bool(rerank)
+    if rerank is None:
+        rerank = image is None and own is not None and _weights(model)[1] > 0
     text = query or ""
     if image is None:
         features = model.encode_texts([text])
@@ -81,7 +84,9 @@ def retrieve(
     if image is None and stored.off is not None:
         cosines = scores + stored.off[rows]
     if rerank:
-        scores, cosines, rows = _reranked(text, stored, model, cosines, rows, progress)
+        found = _reranked(text, stored, model, scores, cosines, rows, asked, progress)
+        rerank = found is not None
+        scores, cosines, rows = found or (scores, cosines, rows)
     hits = [
         Hit(
             rank=rank,
@@ -145,38 +150,59 @@ def _warn_of_unknown(query: str, model: LoadedModel, progress: Progress) -> None
         )
 
 
+def _weights(model: LoadedModel) -> tuple[float, float]:
+    """What the similarity and the pair score of a text with a picture count."""
+    own = model.vlm.pair_score
+    assert own is not None
+    return own.weights(model.logit_scale, model.info.rerank_weights.image_retrieval)
+
+
 def _reranked(
     query: str,
     gallery: Gallery,
     model: LoadedModel,
+    similarity: torch.Tensor,
     cosines: torch.Tensor,
     rows: torch.Tensor,
+    asked: bool,
     progress: Progress,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
     """Scores, cosines and rows of the candidates [k], ordered by the combined score.
 
-    Candidates whose picture cannot be read any more are left out, with a note.
+    Candidates whose picture cannot be read any more are left out, with a note; where none can,
+    None, or UserError if re-ranking was ``asked`` for. ``similarity`` [k] is what they were found
+    by, which counts beside the pair score.
     """
-    pictures, kept = [], []
+    pictures, kept, lost = [], [], []
     for i, row in enumerate(progress.track(rows.tolist(), "reading candidates", unit="images")):
         try:
             pictures.append(gallery.image(row, at_least=model.vlm.eval_image_size))
             kept.append(i)
         except BadImage as error:
-            progress.say(f"note: {gallery.location(row)} is {error.reason} and was left out")
-    if not kept:
-        raise UserError(
-            f"no candidate's picture can be read from {gallery.source}: leave out --rerank, or run "
-            "`vicvlm embed` on where the pictures are now"
-        )
+            lost.append(f"{gallery.location(row)} is {error.reason}")
     own = model.vlm.pair_score
     assert own is not None
-    how = f"{own.name} weight {model.info.rerank_weights.image_retrieval:g} from the checkpoint"
+    if not kept:
+        none = f"no candidate's picture can be read from {gallery.source}"
+        if asked:
+            raise UserError(
+                f"{none}: leave out --rerank, or run `vicvlm embed` on where the pictures are now"
+            )
+        progress.say(
+            f"note: {none}, so that the order is that of the vectors, without {own.name}: run "
+            "`vicvlm embed` on where the pictures are now"
+        )
+        return None
+    if lost:
+        others = f", and {len(lost) - 1} others" if lost[1:] else ""
+        progress.say(f"note: {lost[0]} and was left out{others}")
+    scale, weight = _weights(model)
+    how = f"{own.name} weight {weight:g} from the checkpoint"
     progress.say(f"re-ranking: {len(kept)} candidates, {f'by {own.name}' if own.alone else how}")
-    scores = model.score_pairs(pictures, [query] * len(pictures))
+    at = torch.tensor(kept)
+    scores = scale * similarity[at] + weight * model.match_pairs(pictures, [query] * len(pictures))
     order = scores.argsort(descending=True, stable=True)
-    at = torch.tensor(kept)[order]
-    return scores[order], cosines[at], rows[at]
+    return scores[order], cosines[at[order]], rows[at[order]]
 
 
 def _picture(gallery: Gallery, row: int) -> Image.Image | None:
