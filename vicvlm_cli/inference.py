@@ -249,8 +249,8 @@ class LoadedModel:
         if of_pair is not None:
             scale, weight = of_pair.weights(scale, self.info.rerank_weights.image_retrieval)
         scores = [torch.empty(0)]
-        # Other views are for the cosine alone.
-        for image, text in self._pairs(images, texts, batch_size, views=None if scale else 1):
+        # What stands alone reads no feature, which is all that other views are for.
+        for _, image, text in self._pairs(images, texts, batch_size, views=None if scale else 1):
             score = scale * (image.features * text.features).sum(1)
             if weight:
                 with inferring(self.vlm, self.device, self.precision):
@@ -259,18 +259,27 @@ class LoadedModel:
         return torch.cat(scores)
 
     def match_pairs(
-        self, images: Iterable[ImageSource], texts: Iterable[str], batch_size: int = IMAGE_BATCH
+        self,
+        images: Iterable[ImageSource],
+        texts: Iterable[str],
+        features: Tensor | None = None,
+        batch_size: int = IMAGE_BATCH,
     ) -> Tensor:
         """What the model has to say of picture i and text i beyond their cosine, [n].
 
-        That is the log-odds of a matching head, or the pair score that stands alone.
+        That is the log-odds of a matching head, or the pair score that stands alone. `features`
+        [n, P] of the pictures, as of a gallery, which a matching head reads too, spare the views
+        that they are the mean of.
 
         Raises UserError as :meth:`score_pairs`, and where the model cannot match.
         """
         if self.vlm.pair_score is None:
             raise UserError("this model has no matching head: score_pairs gives its similarities")
         logits = [torch.empty(0)]
-        for image, text in self._pairs(images, texts, batch_size, views=1):
+        views = None if features is None and not self.vlm.pair_score.alone else 1
+        for rows, image, text in self._pairs(images, texts, batch_size, views):
+            if features is not None:
+                image = image._replace(features=features[rows].to(self.device))
             with inferring(self.vlm, self.device, self.precision):
                 logits.append(self.vlm.match(image, text).float().cpu())
         return torch.cat(logits)
@@ -281,7 +290,7 @@ class LoadedModel:
         texts: Iterable[str],
         batch_size: int,
         views: int | None,
-    ) -> Iterator[tuple[Encoded, Encoded]]:
+    ) -> Iterator[tuple[list[int], Encoded, Encoded]]:
         images, texts = list(images), _listed(texts)
         if len(images) != len(texts):
             raise UserError(
@@ -294,7 +303,7 @@ class LoadedModel:
             with inferring(self.vlm, self.device, self.precision):
                 text = self.vlm.encode_text(input_ids.to(self.device), mask.to(self.device))
                 text = _normalized(text)
-            yield batch.encoded, text
+            yield batch.rows, batch.encoded, text
 
     def _image_batches(
         self, images: list[ImageSource], batch_size: int, views: int | None = None

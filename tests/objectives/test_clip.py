@@ -56,7 +56,7 @@ def test_validation_does_not_fit_it() -> None:
     _, tuned = stages()
     with torch.no_grad():
         tuned.eval()(make_batch(), Noise(0, 0, CPU), {"itc"})
-    assert float(tuned.bias) == -10 and not bool(tuned.fitted)
+    assert float(tuned.bias.detach()) == -10 and not bool(tuned.fitted)
 
 
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])

@@ -52,8 +52,23 @@ def test_a_run_that_was_killed_before_its_first_state_begins_anew(
         pretrain(scenes, resume=folder, progress=QUIET)
     assert f"give the command that begins it, with --output {folder} and" in str(told.value)
     run(scenes, folder, "pretrain.epochs=0.5", progress=heard)  # as it was told to
-    assert f"{folder} holds a run that ended before its first state: it begins anew" in heard.notes
+    anew = f"{folder} holds a run that ended before its first state: it begins anew, and the log"
+    assert any(anew in note for note in heard.notes)
     assert [row["step"] for row in rows(folder)] == [3]
+    assert '"step": 10' in (folder / "metrics.old.jsonl").read_text()
+
+
+def test_a_run_at_work_keeps_its_folder(scenes: Path, tmp_path: Path) -> None:
+    data, folder = PreparedDataset.open(scenes), tmp_path / "run"
+    with run_folder("pretrain", data, folder, QUIET):
+        with (
+            pytest.raises(UserError, match="another training is at work in .*run: wait for"),
+            run_folder("pretrain", data, folder, QUIET),
+        ):
+            pass
+        assert folder.is_dir()
+    with run_folder("pretrain", data, folder, QUIET):
+        pass
 
 
 def test_runs_that_start_together_get_folders_of_their_own(

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from PIL import Image
 
 from vicvlm_cli.checkpoint import load_model
@@ -96,7 +97,11 @@ def test_cosines_beside_itm_are_the_gallerys(tiny_data, make_checkpoint, tmp_pat
     stored, model = Gallery.open(path), load_model(checkpoint)
     hits = retrieve(path, WORDS, top_k=3, progress=QUIET).hits
     cosines = stored.features @ model.encode_texts([WORDS])[0]
-    itm = model.match_pairs([stored.image(hit.row) for hit in hits], [WORDS] * 3)
+    pictures = [stored.image(hit.row) for hit in hits]
+    # ITM reads the features too, and they are the gallery's.
+    features = stored.features[[hit.row for hit in hits]]
+    itm = model.match_pairs(pictures, [WORDS] * 3, features)
+    assert not torch.allclose(itm, model.match_pairs(pictures, [WORDS] * 3), atol=1e-6)
     for hit, logit in zip(hits, itm.tolist(), strict=True):
         cosine = float(cosines[hit.row])
         assert hit.cosine == pytest.approx(cosine, abs=1e-5)
@@ -128,6 +133,18 @@ def test_pictures_that_are_gone(photos, tiny_checkpoint, tmp_path, capsys):
     assert len(found.hits) == 5 and not found.reranked
     assert "the order is that of the vectors, without ITM" in capsys.readouterr().err
     with pytest.raises(UserError, match="no candidate's picture can be read"):
+        retrieve(path, WORDS, rerank=True, progress=QUIET)
+
+
+def test_a_data_set_that_is_gone(tiny_data, tiny_checkpoint, tmp_path, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(tiny_data, data)
+    path = embed(data, tiny_checkpoint, output=tmp_path / "g", progress=QUIET).path
+    shutil.rmtree(data)
+    found = retrieve(path, WORDS, top_k=3, progress=Progress())
+    assert len(found.hits) == 3 and not found.reranked
+    assert "note: the order is that of the vectors alone: " in capsys.readouterr().err
+    with pytest.raises(UserError, match="not a prepared data set"):
         retrieve(path, WORDS, rerank=True, progress=QUIET)
 
 

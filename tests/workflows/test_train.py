@@ -24,7 +24,7 @@ from vicvlm_cli.objectives.vicvlm import VicVLM
 from vicvlm_cli.workflows import loop, train
 from vicvlm_cli.workflows.metrics import Metrics
 from vicvlm_cli.workflows.session import Session
-from vicvlm_cli.workflows.train import TrainResult, pretrain
+from vicvlm_cli.workflows.train import TrainResult, finetune, pretrain
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
@@ -210,6 +210,18 @@ def test_a_device_without_memory_is_a_smaller_batch(
     kept = f"; the state of step 10 is kept, for --resume {folder} with more memory free"
     assert str(told.value) == lower + (kept if call == 13 else "")
     assert folder.exists() == (call == 13)
+
+
+def test_a_fine_tuning_that_fails_at_once_leaves_its_folder_to_another_try(
+    pretrained: TrainResult, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(losses, "itc", full)
+    with pytest.raises(UserError, match="out of memory"):
+        finetune(pretrained.checkpoint, scenes, output=tmp_path / "run", progress=QUIET)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_result_that_cannot_be_written_is_a_warning(

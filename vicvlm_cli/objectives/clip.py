@@ -55,9 +55,10 @@ class CLIP(nn.Module):
         # Nearly all pairs are negatives: the bias starts there (SigLIP, sec. 3.1). It moves every
         # score alike and changes no ranking, so it is no part of the model.
         self.bias = nn.Parameter(torch.tensor(-10.0)) if config.loss == "sigmoid" else None
-        self.register_buffer("fitted", torch.tensor(not config.fit_bias))
+        fits = config.loss == "sigmoid" and config.fit_bias
+        self.register_buffer("fitted", torch.tensor(False) if fits else None)
 
-    fitted: Tensor
+    fitted: Tensor | None
 
     def forward(
         self, batch: Batch, noise: Noise, active: Set[str], cached: Cached = None
@@ -86,7 +87,7 @@ class CLIP(nn.Module):
             captions = image_id.repeat(1 + more.shape[1])
         scores = self.model.logit_scale.exp() * (images @ texts.T)  # [G, (1 + E) * G]
         same = image_id[:, None] == captions[None, :]
-        if self.config.fit_bias and self.training and not self.fitted:
+        if self.fitted is not None and self.training and not self.fitted:
             self.bias.data.copy_(losses.sigmoid_bias(scores, same))
             self.fitted.fill_(True)
         logits = scores + self.bias

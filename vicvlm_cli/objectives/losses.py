@@ -62,6 +62,7 @@ def sigmoid_bias(scores: Tensor, same: Tensor) -> Tensor:
         scores: [B, K], logits without a bias.
         same: bool [B, K], the positives, some but not all.
     """
+    scores, same = scores.cpu(), same.cpu()  # not all devices have float64
     share = same.double().mean()
     prior = share.log() - (-share).log1p()
     # A score's own distance from the prior is at most how far the bias has to go.

@@ -33,7 +33,13 @@ from vicvlm_cli.report.progress import Progress
 from vicvlm_cli.settings import DataConfig, TrainConfig
 from vicvlm_cli.workflows.state import find_run_state
 
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None  # type: ignore[assignment]
+
 LOG, RESULT = "metrics.jsonl", "result.json"  # of a run, beside its weights and its state
+OLD_LOG = "metrics.old.jsonl"  # of one that was killed early, in the same place
 SHARED_MEMORY = Path("/dev/shm")  # what loader processes hand batches over in, on Linux
 LAUNCH_ON_CPUS = "ACCELERATE_USE_CPU=true torchrun --nproc_per_node"
 
@@ -132,11 +138,11 @@ def run_folder(
     Raises:
         UserError: ``output`` holds a run already, or is no folder that can be written to.
     """
-    first = PartialState().is_main_process
-    made = first and (output is None or not output.exists())
+    first, made = PartialState().is_main_process, False
     run, wrong = output, ""
     if first:
         try:
+            made = output is None or not output.exists()
             if output is None:
                 run = _claim(f"{kind}-{dataset.manifest.source}")
             else:
@@ -150,12 +156,39 @@ def run_folder(
         raise UserError(wrong)
     assert run is not None
     try:
-        yield run
+        with held(run):
+            yield run
     except BaseException:
         if made:
             with suppress(OSError):  # something is in it
                 run.rmdir()
         raise
+
+
+@contextmanager
+def held(run: Path) -> Iterator[None]:
+    """Around what trains in a folder: no other command does meanwhile, where locks are known.
+
+    Raises:
+        UserError: another one does.
+    """
+    if fcntl is None or not PartialState().is_main_process:
+        yield
+        return
+    folder = os.open(run, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another training is at work in {run}: wait for its end, or choose another "
+                "--output"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(folder)  # and the lock is gone, as when the process is killed
 
 
 def _claim(stem: str) -> Path:
@@ -187,8 +220,11 @@ def _take(output: Path, progress: Progress) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(output))
     log = output / LOG
     if log.exists():
-        log.unlink()
-        progress.say(f"{output} holds a run that ended before its first state: it begins anew")
+        os.replace(log, log.with_name(OLD_LOG))
+        progress.say(
+            f"{output} holds a run that ended before its first state: it begins anew, and the log "
+            f"of that is {OLD_LOG}"
+        )
 
 
 def with_workers(

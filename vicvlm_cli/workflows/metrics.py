@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vicvlm_cli.errors import UserError
 from vicvlm_cli.report.progress import Progress
+from vicvlm_cli.workflows.state import kept_step
 
 LOG_STEPS = 10  # steps between two log lines; a device is waited for only there
 
@@ -78,9 +79,11 @@ class Metrics:
             seen["recent"] = [*seen["recent"], [means[name], guesses[name]]][-5:]
         if bad:
             step, name = min(bad)
+            kept = kept_step(self.path.parent)
+            of_then = f"; the state of step {kept} is in {self.path.parent}"
             raise UserError(
                 f"the loss {name} is not finite at step {step}: lower the learning rate or its "
-                f"weight; what was saved before is in {self.path.parent}"
+                f"weight{'' if kept is None else of_then}"
             )
         self._rows.clear()
         self.write({"kind": "train", **facts, "losses": means, "trivial": guesses})

@@ -180,6 +180,11 @@ def _reranked(
             kept.append(i)
         except BadImage as error:
             lost.append(f"{gallery.location(row)} is {error.reason}")
+        except UserError as error:  # the whole data set
+            if asked:
+                raise
+            progress.say(f"note: the order is that of the vectors alone: {error}")
+            return None
     own = model.vlm.pair_score
     assert own is not None
     if not kept:
@@ -200,7 +205,8 @@ def _reranked(
     how = f"{own.name} weight {weight:g} from the checkpoint"
     progress.say(f"re-ranking: {len(kept)} candidates, {f'by {own.name}' if own.alone else how}")
     at = torch.tensor(kept)
-    scores = scale * similarity[at] + weight * model.match_pairs(pictures, [query] * len(pictures))
+    logits = model.match_pairs(pictures, [query] * len(pictures), gallery.features[rows[at]])
+    scores = scale * similarity[at] + weight * logits
     order = scores.argsort(descending=True, stable=True)
     return scores[order], cosines[at[order]], rows[at[order]]
 

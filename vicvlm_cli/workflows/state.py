@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 
@@ -106,12 +107,14 @@ def load_run_state(accelerator: Accelerator, folder: Path) -> None:
     """Put back what :func:`save_run_state` wrote, into what ``accelerator`` has prepared.
 
     Raises:
-        UserError: the objective of then had other parameters.
+        RunError: the objective of then had other parameters.
     """
     try:
         accelerator.load_state(str(folder))
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, ValueError) as error:
-        raise UserError(
+        raise RunError(
             f"{folder} holds other weights than this version trains, so that the run cannot go on: "
             "start a new one, or go on with the version that began it"
         ) from error

@@ -23,7 +23,7 @@ from vicvlm_cli.device import keep_freed_memory
 from vicvlm_cli.errors import UsageError, UserError
 from vicvlm_cli.model.create import build_model, create_model
 from vicvlm_cli.model.vlm import RerankWeights
-from vicvlm_cli.objectives import create_objective, recipe_of
+from vicvlm_cli.objectives import OBJECTIVES, create_objective, recipe_of
 from vicvlm_cli.report.profile import Profile
 from vicvlm_cli.report.progress import Progress
 from vicvlm_cli.settings import Config, ModelConfig
@@ -31,6 +31,7 @@ from vicvlm_cli.workflows.launch import (
     LAUNCH_ON_CPUS,
     LOG,
     RESULT,
+    held,
     join,
     make_accelerator,
     require_processes,
@@ -207,7 +208,8 @@ def _resume(
     model = build_model(configs.from_dict(ModelConfig, description["model"]))
     job = Job(kind, config, model, tokenizer, dataset, run, position, state)
     progress.say(f"resuming {run} at step {position.step}")
-    return _train(job, accelerator, trace, progress)
+    with held(run):
+        return _train(job, accelerator, trace, progress)
 
 
 def _why_not(run: Path) -> str:
@@ -227,11 +229,13 @@ def _train(
         return _run_job(job, accelerator, trace, progress)
     except torch.OutOfMemoryError as error:
         pairs = job.train.contrastive_batch or job.train.batch_size
+        caches = getattr(OBJECTIVES[job.train.objective], "CACHES_CONTRAST", False)
+        contrast = f" (--contrastive-batch {pairs} keeps the size of the contrast)"
         step = kept_step(job.run)
         kept = f"; the state of step {step} is kept, for --resume {job.run} with more memory free"
         raise RunError(
             f"out of memory on {accelerator.device}: lower --batch-size, which is "
-            f"{job.train.batch_size} (--contrastive-batch {pairs} keeps the size of the contrast)"
+            f"{job.train.batch_size}{contrast if caches and job.train.accumulate == 1 else ''}"
             f"{'' if step is None else kept}"
         ) from error
 
@@ -291,6 +295,10 @@ def _run_job(
     except BaseException:
         if accelerator.is_local_main_process and find_run_state(job.run) is None:
             drop_views(job.run)  # nothing goes on from here
+        if accelerator.is_main_process and job.state is None and job.position.step == 0:
+            # Of the weights that a fine-tuning starts from: another try may have the folder.
+            for name in (FILE_NAME, LOG):
+                (job.run / name).unlink(missing_ok=True)
         raise
     best = session.finish()
     accelerator.end_training()
