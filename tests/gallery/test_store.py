@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -93,6 +94,34 @@ def test_a_failed_save_leaves_the_old_gallery(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["gallery"]
 
 
+def test_a_failed_swap_leaves_the_old_gallery(tmp_path, monkeypatch):
+    path = tmp_path / "gallery"
+    make(n=4).save(path)
+    swap, calls = os.replace, []
+
+    def fails_once(*names):
+        calls.append(names)
+        if len(calls) == 2:
+            raise OSError("in use")
+        swap(*names)
+
+    monkeypatch.setattr(os, "replace", fails_once)
+    with pytest.raises(UserError, match="in use"):
+        make(n=2).save(path)
+    assert len(Gallery.open(path)) == 4
+    assert [p.name for p in tmp_path.iterdir()] == ["gallery"]
+
+
+def test_a_mount_point_is_no_place_for_a_gallery(tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "disk")
+    for name in ("disk", "link"):
+        with pytest.raises(UserError, match="is a mount point: choose a folder inside it"):
+            make().save(tmp_path / name)
+    make().save(tmp_path / "disk" / "gallery")
+
+
 def test_a_line_is_parsed_when_it_is_asked_for(tmp_path):
     make(n=3).save(tmp_path)
     first, _, last = (tmp_path / "items.jsonl").read_bytes().splitlines()
@@ -117,13 +146,13 @@ def test_a_line_is_parsed_when_it_is_asked_for(tmp_path):
 def test_a_gallery_of_the_first_format_is_read(tmp_path):
     make().save(tmp_path)
     header = json.loads((tmp_path / "gallery.json").read_text())
-    del header["views"]
+    del header["views"], header["precision"]
     (tmp_path / "gallery.json").write_text(json.dumps(header | {"format_version": 1}))
     lines = [json.loads(line) for line in (tmp_path / "items.jsonl").read_text().splitlines()]
     assert all(line.pop("stamp") == "" for line in lines)
     (tmp_path / "items.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     read = Gallery.open(tmp_path)
-    assert (list(read.items), read.views) == (make().items, None)
+    assert (list(read.items), read.views, read.precision) == (make().items, None, None)
 
 
 def test_where_no_gallery_can_be_written(tmp_path):

@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from vicvlm_cli.checkpoint import load_model
 from vicvlm_cli.data.images import BadImage, load_rgb
 from vicvlm_cli.errors import UserError
 from vicvlm_cli.gallery import Gallery
+from vicvlm_cli.model.query_bank import QueryBank
+from vicvlm_cli.model.vlm import RerankWeights
 from vicvlm_cli.report.progress import Progress
 from vicvlm_cli.workflows.embed import embed
 
@@ -163,6 +167,81 @@ def test_all_is_embedded_again_by_another_model_or_views_or_from_elsewhere(
         assert len(names) == count
 
 
+def test_a_model_may_be_of_another_width_than_the_one_before(
+    eight, tiny_checkpoint, tmp_path, reading
+):
+    out, blocks = tmp_path / "g", tmp_path / ".g.partial"
+    embed(eight, tiny_checkpoint, output=out, progress=QUIET)
+    made = Gallery.open(out)
+    wide = torch.nn.functional.pad(made.features, (0, 8))
+    made = replace(made, features=wide, model_sha256="0" * 64)
+    made.save(out)
+    made.save(blocks / "0")
+    embed(eight, tiny_checkpoint, output=out, progress=QUIET)
+    assert Gallery.open(out).features.shape == (8, 24)
+    assert [path.name for path in blocks.iterdir()] == ["0"]  # the other model's
+
+
+def test_all_is_embedded_again_in_another_precision(eight, tiny_checkpoint, tmp_path, reading):
+    names, _ = reading
+    out = tmp_path / "g"
+    embed(eight, tiny_checkpoint, output=out, progress=QUIET)
+    header = json.loads((out / "gallery.json").read_text())
+    assert header.pop("precision") == "float32"
+    for precision, count in (("bfloat16", 8), (None, 8), ("float32", 0)):
+        (out / "gallery.json").write_text(json.dumps(header | {"precision": precision}))
+        names.clear()
+        embed(eight, tiny_checkpoint, output=out, progress=QUIET)
+        assert len(names) == count
+
+
+def test_a_block_is_written_again_where_another_call_removes_its_folder(
+    eight, tiny_checkpoint, tmp_path, reading, monkeypatch
+):
+    blocks, calls = tmp_path / ".g.partial", []
+
+    def removed(tensors, path):
+        calls.append(path)
+        if len(calls) == 1:
+            shutil.rmtree(blocks)
+        save_file(tensors, path)
+
+    monkeypatch.setattr("vicvlm_cli.gallery.store.save_file", removed)
+    reading[1]["5.png"] = stop
+    with pytest.raises(KeyboardInterrupt):
+        embed(eight, tiny_checkpoint, output=tmp_path / "g", batch_size=1, progress=QUIET)
+    (block,) = blocks.iterdir()
+    assert len(calls) == 2 and len(Gallery.open(block)) == 5
+
+
+def test_what_is_off_is_taken_over(eight, tiny_checkpoint, tmp_path, reading, monkeypatch):
+    rows, features = [], torch.eye(24)[:2]
+    bank = QueryBank(features, features, torch.arange(2), RerankWeights(1, 1))
+
+    def with_bank(*args, **options):
+        model = load_model(*args, **options)
+        model.bank = bank
+        return model
+
+    def off_images(self, images):
+        rows.append(len(images))
+        return bank.off_images(images)
+
+    monkeypatch.setattr("vicvlm_cli.workflows.embed.load_model", with_bank)
+    monkeypatch.setattr("vicvlm_cli.inference.LoadedModel.off_images", off_images)
+    out = tmp_path / "g"
+    reading[1]["5.png"] = stop
+    with pytest.raises(KeyboardInterrupt):
+        embed(eight, tiny_checkpoint, output=out, batch_size=1, progress=QUIET)
+    reading[1].clear()
+    embed(eight, tiny_checkpoint, output=out, progress=QUIET)
+    draw(eight / "a.png", 8)
+    embed(eight, tiny_checkpoint, output=out, progress=QUIET)
+    made = Gallery.open(out)
+    assert rows == [8, 1] and len(made) == 9
+    assert torch.allclose(made.off, bank.off_images(made.features))
+
+
 def test_galleries_without_stamps_are_embedded_again(eight, tiny_checkpoint, tmp_path, reading):
     names, _ = reading
     out = tmp_path / "g"
@@ -207,15 +286,18 @@ def test_links_to_folders_are_followed_once(eight, tiny_checkpoint, tmp_path):
 
 @pytest.fixture
 def shut(eight, monkeypatch):
-    """Makes ``eight/sub`` a folder that cannot be read."""
+    """Makes a subfolder of ``eight`` one that cannot be read."""
     scan = os.scandir
 
-    def scandir(place):
-        if Path(place) == eight / "sub":
-            raise PermissionError(13, "Permission denied")
-        return scan(place)
+    def shut(name="sub"):
+        def scandir(place):
+            if place == eight / name:
+                raise PermissionError(13, "Permission denied")
+            return scan(place)
 
-    return lambda: monkeypatch.setattr(os, "scandir", scandir)
+        monkeypatch.setattr(os, "scandir", scandir)
+
+    return shut
 
 
 def test_a_folder_that_cannot_be_read_is_told(eight, tiny_checkpoint, tmp_path, shut, capsys):
@@ -244,6 +326,16 @@ def test_a_gallery_stays_where_most_of_its_folders_cannot_be_read(
     draw(eight / "0.png", 0)
     (eight / "sub" / "4.png").unlink()
     embed(eight, tiny_checkpoint, output=tmp_path / "new", progress=QUIET)
+
+
+def test_pictures_that_were_deleted_are_not_lost(eight, tiny_checkpoint, tmp_path, shut):
+    out = tmp_path / "g"
+    (eight / "lost+found").mkdir()
+    embed(eight, tiny_checkpoint, output=out, progress=QUIET)
+    shutil.rmtree(eight / "sub")
+    (eight / "0.png").unlink()
+    shut("lost+found")
+    assert embed(eight, tiny_checkpoint, output=out, progress=QUIET).count == 3
 
 
 def test_a_source_that_goes_away_leaves_the_gallery(

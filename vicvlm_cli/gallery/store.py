@@ -3,7 +3,8 @@
 features.safetensors    features [n, P] float32, rows of unit length; off [n] float32
 items.jsonl             a line a picture: path, id, captions, split, index, stamp
 skipped.jsonl           a line a picture that could not be read: path, reason
-gallery.json            format version, model (path, sha256), views, where the pictures lie, counts
+gallery.json            format version, model (path, sha256), views, precision, where the pictures
+                        lie, counts
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -40,7 +42,8 @@ class Gallery:
     words that look for it; None, as in older galleries, is nothing.
     `source` is the folder of pictures or the prepared data set (`prepared`) that they come from;
     `model_sha256` and `model_path` name the checkpoint that made the features, each the mean over
-    the picture's `views` (None, as in older galleries, is unknown).
+    the picture's `views`, computed in `precision`, as "float32" (None, as in older galleries, is
+    unknown).
     """
 
     features: Tensor
@@ -52,6 +55,7 @@ class Gallery:
     skipped: list[tuple[str, str]] = field(default_factory=list)
     off: Tensor | None = None
     views: int | None = None
+    precision: str | None = None
     _splits: dict[str, Split] = field(default_factory=dict, init=False, repr=False)
 
     def __len__(self) -> int:
@@ -108,6 +112,7 @@ class Gallery:
             "format_version": FORMAT_VERSION,
             "model": {"path": self.model_path, "sha256": self.model_sha256},
             "views": self.views,
+            "precision": self.precision,
             "source": self.source,
             "prepared": self.prepared,
             "count": len(self.items),
@@ -134,6 +139,9 @@ class Gallery:
         except (OSError, SafetensorError) as error:
             raise _unwritable(path, error) from error
         finally:
+            if old.exists() and not path.exists():
+                with suppress(OSError):
+                    os.replace(old, path)
             shutil.rmtree(beside, ignore_errors=True)
 
     @classmethod
@@ -170,6 +178,7 @@ class Gallery:
                 skipped=skipped,
                 off=off,
                 views=header.get("views"),
+                precision=header.get("precision"),
             )
         except (OSError, SafetensorError, ValueError, KeyError, TypeError):
             raise damaged(path) from None
@@ -184,6 +193,8 @@ class Gallery:
 def check_output(path: Path) -> None:
     """Makes the folder above `path`; raises UserError where no gallery can be written to `path`."""
     try:
+        if os.path.ismount(path.resolve()):  # nothing can be renamed to it
+            raise UserError(f"{path} is a mount point: choose a folder inside it")
         if path.exists() and not _is_replaceable(path):
             raise UserError(f"{path} exists and is not a gallery: choose another directory")
         parent = path.resolve().parent

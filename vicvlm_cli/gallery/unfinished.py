@@ -29,13 +29,13 @@ class Unfinished:
     """The gallery `whole`, whose features are filled in here until it is saved to `output`.
 
     A context: where it is left by an error, what is embedded is kept in blocks beside `output`;
-    otherwise, once the gallery is saved, the blocks are removed.
+    otherwise, once the gallery is saved, the blocks of this source and model are removed.
 
     Attributes:
         done: [n], the pictures whose features are there.
         had: [n], those that the gallery at `output` has already, whichever model made it.
         earlier: how many that gallery has of the same source.
-        dropped: how many of them are not in `whole`.
+        dropped: the paths of those of them that are not in `whole`.
     """
 
     def __init__(self, whole: Gallery, output: Path, progress: Progress) -> None:
@@ -45,8 +45,10 @@ class Unfinished:
         self.blocks = output.with_name(f".{output.name}.partial")
         self.done = torch.zeros(len(whole), dtype=torch.bool)
         self.had = torch.zeros(len(whole), dtype=torch.bool)
-        self.earlier = self.dropped = 0
+        self.earlier = 0
+        self.dropped: list[str] = []
         self._waiting: list[int] = []
+        self._spent: list[Path] = []  # blocks that are of no use once `whole` is saved
         self._began = time.monotonic()
         rows = {
             (item.split, item.path, item.id): row  # an id alone is a.jpg's and a.png's
@@ -54,13 +56,16 @@ class Unfinished:
         }
         # No gallery is held on to: Windows replaces none whose files are open.
         if (earlier := _opened(output)) is not None and self._is_of_source(earlier):
-            found = self._take_over(earlier, rows, progress)
+            found, self.dropped = self._take_over(earlier, rows, progress)
             self.had[found] = True
             self.earlier = len(earlier)
-            self.dropped = len(earlier) - len(found)
         for path in sorted(self.blocks.glob("*")):
-            if (earlier := _opened(path)) is not None and self._is_of_source(earlier):
+            earlier = _opened(path)
+            if earlier is None:
+                self._spent.append(path)
+            elif self._is_of_source(earlier) and earlier.model_sha256 == whole.model_sha256:
                 self._take_over(earlier, rows, progress)
+                self._spent.append(path)
 
     def left(self) -> list[int]:
         """The rows that are still to be embedded."""
@@ -85,44 +90,65 @@ class Unfinished:
         self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None
     ) -> None:
         if kind is None:
-            shutil.rmtree(self.blocks, ignore_errors=True)
+            for path in self._spent:
+                shutil.rmtree(path, ignore_errors=True)
+            with suppress(OSError):  # those of another source or model are there
+                self.blocks.rmdir()
         else:
             self._keep()
 
     def _keep(self) -> None:
         if self._waiting:
-            self._part(self._waiting).save(self.blocks / uuid4().hex)
+            block = replace(self._part(self._waiting), off=None)
+            path = self.blocks / uuid4().hex
+            self._spent.append(path)
+            try:
+                block.save(path)
+            except UserError:  # another call that is through may have removed the folder meanwhile
+                block.save(path)
         self._waiting, self._began = [], time.monotonic()
 
     def _part(self, rows: list[int]) -> Gallery:
-        items = [self.whole.items[row] for row in rows]
-        return replace(self.whole, features=self.whole.features[rows], items=items)
+        whole = self.whole
+        items = [whole.items[row] for row in rows]
+        off = None if whole.off is None else whole.off[rows]
+        return replace(whole, features=whole.features[rows], items=items, off=off)
 
     def _is_of_source(self, other: Gallery) -> bool:
         return (other.source, other.prepared) == (self.whole.source, self.whole.prepared)
 
     def _take_over(
         self, earlier: Gallery, rows: dict[tuple[str, str, str], int], progress: Progress
-    ) -> list[int]:
-        """The rows of pictures that `earlier` has; those that are the same still are done then."""
+    ) -> tuple[list[int], list[str]]:
+        """The rows of pictures that `earlier` has, and the paths of those that have no row.
+
+        Those that are the same still are done then.
+        """
         whole = self.whole
-        # Not the precision: a gallery of a GPU is searched with queries of a CPU, too.
-        same = (earlier.model_sha256, earlier.views) == (whole.model_sha256, whole.views)
-        found, here, there = [], [], []
+        same = _made_by(earlier) == _made_by(whole)
+        found, gone, here, there = [], [], [], []
         items = progress.track(earlier.items, "comparing with what is embedded", unit="images")
         with suppress(UserError):  # a damaged line: what follows it is embedded again
             for number, item in enumerate(items):
                 row = rows.get((item.split, item.path, item.id))
                 if row is None:
+                    gone.append(item.path)
                     continue
                 found.append(row)
                 now = whole.items[row]
                 if same and item.stamp and (item.stamp, item.index) == (now.stamp, now.index):
                     here.append(row)
                     there.append(number)
-        whole.features[here] = earlier.features[there]
-        self.done[here] = True
-        return found
+        if here:  # a gallery of another model may be of another width
+            whole.features[here] = earlier.features[there]
+            if whole.off is not None and earlier.off is not None:
+                whole.off[here] = earlier.off[there]
+            self.done[here] = True
+        return found, gone
+
+
+def _made_by(gallery: Gallery) -> tuple[str, int | None, str | None]:
+    return gallery.model_sha256, gallery.views, gallery.precision
 
 
 def _opened(path: Path) -> Gallery | None:

@@ -19,7 +19,7 @@ from vicvlm_cli.gallery.items import GalleryItem
 from vicvlm_cli.gallery.results import EmbedResult
 from vicvlm_cli.gallery.store import Gallery, check_output
 from vicvlm_cli.gallery.unfinished import Unfinished
-from vicvlm_cli.inference import IMAGE_BATCH, LoadedModel, encode_image_batches
+from vicvlm_cli.inference import IMAGE_BATCH, LoadedModel, autocast_dtype, encode_image_batches
 from vicvlm_cli.report.progress import Progress
 
 # Whatever else Pillow may read (PDF, EPS, ...) is hardly a picture of a collection.
@@ -72,13 +72,14 @@ def embed(
         progress.say(f"gallery: {output} (--output to change)")
     output = Path(output)
     check_output(output)
-    unread: list[str] = []
+    unread: dict[Path, str] = {}
     if prepared:
         items, load = _prepared(source, split, progress)
     else:
         items, load = _folder(source, unread, progress)
         if split is not None:
             progress.say(f"split: {split} is of no account, since {source} is a folder of pictures")
+    dtype = autocast_dtype(model.device, model.precision)
     whole = Gallery(
         features=torch.empty(len(items), model.dim),
         items=items,
@@ -86,14 +87,19 @@ def embed(
         model_path=str(model.info.path),
         source=str(source.resolve()),
         prepared=prepared,
+        off=None if model.bank is None else torch.full((len(items),), torch.nan),
         views=model.vlm.config.eval_views,
+        precision=str(dtype or torch.float32).removeprefix("torch."),
     )
     work = Unfinished(whole, output, progress)
-    _check_lost(work, output, unread, [])
+    # Where a folder cannot be read, nobody knows whether what is not found there is gone for good.
+    hidden = sum(not unread.keys().isdisjoint((source / path).parents) for path in work.dropped)
+    _check_lost(work, output, hidden, [])
     if before := int(work.done.sum()):
         progress.say(f"{before:,} of {len(items):,} pictures are as they were embedded before")
     if work.dropped:
-        progress.say(f"dropped: {work.dropped:,} of the {work.earlier:,} pictures in {output}")
+        dropped = len(work.dropped)
+        progress.say(f"dropped: {dropped:,} of the {work.earlier:,} pictures in {output}")
     with work:
         skipped = _fill(work, model, load, batch_size, progress)
         if not work.done.any():
@@ -102,10 +108,12 @@ def embed(
                 f"none of the {len(items):,} pictures in {source} can be read "
                 f"(the first, {path}, is {reason})"
             )
-        _check_lost(work, output, unread, skipped)
+        _check_lost(work, output, hidden, skipped)
         gallery = work.gallery()
         gallery.skipped = skipped
-        gallery.off = None if model.bank is None else model.off_images(gallery.features)
+        if gallery.off is not None:
+            new = gallery.off.isnan()  # what was taken over is by the same bank
+            gallery.off[new] = model.off_images(gallery.features[new])
         gallery.save(output)
     result = EmbedResult(
         path=output,
@@ -177,15 +185,17 @@ def _prepared(
     return items, lambda item, size: splits[item.split].image(item.index, at_least=size)
 
 
-def _folder(source: Path, unread: list[str], progress: Progress) -> tuple[list[GalleryItem], Load]:
+def _folder(
+    source: Path, unread: dict[Path, str], progress: Progress
+) -> tuple[list[GalleryItem], Load]:
     """The pictures of a folder; `unread` is told which subfolders cannot be read."""
     files = [path for path in walk(source, sys.maxsize, unread) if path.suffix.lower() in SUFFIXES]
     if not files:
         raise UserError(
             f"{source} and its subfolders hold no pictures (files named {', '.join(SUFFIXES)})"
-            + "".join(f"; {warning}" for warning in unread)
+            + "".join(f"; {warning}" for warning in unread.values())
         )
-    for warning in unread:
+    for warning in unread.values():
         progress.say(f"warning: {warning}")
     items = []
     for file in progress.track(files, "looking for changes", unit="images"):
@@ -208,11 +218,13 @@ def _is_gone(source: Path, prepared: bool) -> bool:
 
 
 def _check_lost(
-    work: Unfinished, output: Path, unread: list[str], skipped: list[tuple[str, str]]
+    work: Unfinished, output: Path, hidden: int, skipped: list[tuple[str, str]]
 ) -> None:
-    """Raises UserError where most pictures of the gallery at `output` can no longer be read."""
-    # Where a folder cannot be read, nobody knows whether what is not found is gone for good.
-    lost = work.dropped if unread else 0
+    """Raises UserError where most pictures of the gallery at `output` can no longer be read.
+
+    `hidden`: how many of them were in folders that cannot be read.
+    """
+    lost = hidden
     if skipped:
         lost += int((work.had & ~work.done).sum())
     if 2 * lost > work.earlier:

@@ -169,8 +169,38 @@ def test_captions_may_name_a_picture_through_a_link(tmp_path: Path) -> None:
     pictures(tmp_path, "z/a.png")
     (tmp_path / "latest").symlink_to("z")
     jsonl(tmp_path / "captions.jsonl", {"file_name": "latest/a.png", "caption": "x"})
-    ((item, picture),) = find_source("folder", tmp_path).stream(set())
-    assert (item.image_id, picture) == ("latest/a.png", tmp_path / "latest" / "a.png")
+    listing = find_source("folder", tmp_path)
+    ((item, picture),) = listing.stream(set())
+    assert (item.image_id, picture) == ("z/a.png", tmp_path / "z" / "a.png")
+    assert listing.warnings == []
+    jsonl(
+        tmp_path / "captions.jsonl",
+        {"file_name": "latest/a.png", "caption": "x"},
+        {"file_name": "z/a.png", "caption": "y"},
+        {"file_name": "lat\0est/a.png", "caption": "no name of a file"},
+    )
+    assert captions(find_source("folder", tmp_path))["z/a.png"] == ("x", "y")
+
+
+def test_links_to_folders_called_train_and_val_are_splits(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        pictures(tmp_path, f"images/of-{split}/a.png")
+        (tmp_path / split).symlink_to(tmp_path / "images" / f"of-{split}")
+    rows = [{"file_name": f"{split}/a.png", "caption": "x"} for split in ("train", "val")]
+    jsonl(tmp_path / "captions.jsonl", *rows)
+    listing = find_source("folder", tmp_path)
+    assert listing.split_name == "folders"
+    assert splits(listing) == {"images/of-train/a.png": "train", "images/of-val/a.png": "val"}
+
+
+def test_captions_admit_nothing_that_is_left_out(tmp_path: Path) -> None:
+    names = [".h/a.png", "z/.a.png", "prepared/b.png", "latest/.a.png"]
+    pictures(tmp_path, "z/a.png", *names[:3])
+    (tmp_path / "latest").symlink_to("z")
+    rows = [{"file_name": name, "caption": "x"} for name in ["z/a.png", *names]]
+    jsonl(tmp_path / "captions.jsonl", *rows)
+    ((item, _),) = find_source("folder", tmp_path).stream(set())
+    assert item.image_id == "z/a.png"
 
 
 def test_a_folder_that_cannot_be_read_is_told(

@@ -62,37 +62,48 @@ def is_archive(path: Path) -> bool:
     return is_zip(path) or is_compressed_tar(path) or path.name.lower().endswith(".tar")
 
 
-def walk(folder: Path, depth: int, warnings: list[str]) -> list[Path]:
+def walk(folder: Path, depth: int, unread: dict[Path, str]) -> list[Path]:
     """The files below `folder`, in order of name, hidden ones left out.
 
     A folder counts once, whatever links lead to it, and by its own name where that is below
     `folder` too: a link to a folder above would go round, one beside would double every picture.
-    A folder that cannot be read is told in `warnings`.
+    Of links to one folder the least deep counts, then the first by name. Folders that cannot be
+    read, each with a warning that says so, are put into `unread`.
     """
     found: list[Path] = []
-    seen: set[tuple[int, int]] = set()
-    folders, links = [(folder, depth)], deque[tuple[Path, int]]()
+    seen: set[tuple[int, int] | str] = set()
+    folders, links = deque([(folder, depth)]), deque[tuple[Path, int]]()
     while folders or links:
-        place, depth = folders.pop() if folders else links.popleft()
+        place, depth = (folders or links).popleft()
         try:
             status = place.stat()
-            if (status.st_dev, status.st_ino) in seen:
+            key: tuple[int, int] | str = (status.st_dev, status.st_ino)
+            if not status.st_ino:  # some file systems number nothing
+                key = os.path.realpath(place)
+            if key in seen:
                 continue
-            seen.add((status.st_dev, status.st_ino))
-            entries = [entry for entry in os.scandir(place) if not entry.name.startswith(".")]
+            seen.add(key)
+            entries = [
+                (Path(entry.path), entry.is_symlink(), _is_folder(entry))
+                for entry in sorted(os.scandir(place), key=lambda entry: entry.name)
+                if not entry.name.startswith(".")
+            ]
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:
-            warnings.append(_unreadable(place, error))
+            unread[place] = _unreadable(place, error)
             continue
-        for entry in entries:
-            linked = entry.is_symlink()
-            # isdir takes a link to itself, too; of what is no link, the entry knows without a look.
-            if not (os.path.isdir(entry) if linked else entry.is_dir(follow_symlinks=False)):
-                found.append(Path(entry.path))
+        for path, linked, is_folder in entries:
+            if not is_folder:
+                found.append(path)
             elif depth > 0:
-                (links if linked else folders).append((Path(entry.path), depth - 1))
+                (links if linked else folders).append((path, depth - 1))
     return sorted(found)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    # isdir takes a link to itself, too; of what is no link, the entry knows without a look.
+    return os.path.isdir(entry) if entry.is_symlink() else entry.is_dir(follow_symlinks=False)
 
 
 def _unreadable(folder: Path, error: OSError) -> str:
@@ -112,20 +123,22 @@ def look(
     Other data sets may lie in DIR, so of the archives there only those count whose name holds one
     of `hints`. Folders that cannot be read are told in `warnings`.
     """
-    found = walk(directory / source, 3, warnings)
+    unread: dict[Path, str] = {}
+    found = walk(directory / source, 3, unread)
     trees = {name.lower() for name in folders} - {source.lower()}
     try:
         entries = sorted(directory.iterdir())
     except OSError as error:
-        warnings.append(_unreadable(directory, error))
+        unread[directory] = _unreadable(directory, error)
         entries = []
     for entry in entries:
         name = entry.name.lower()
         if os.path.isdir(entry):
             if name in trees:
-                found.extend(walk(entry, 2, warnings))
+                found.extend(walk(entry, 2, unread))
         elif not is_archive(entry) or any(hint in name for hint in hints):
             found.append(entry)
+    warnings.extend(unread.values())
     return found
 
 

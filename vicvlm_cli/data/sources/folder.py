@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from vicvlm_cli.data.sources.captions import (
@@ -45,12 +46,13 @@ def list_folder(directory: Path, *, seed: int, split_scheme: str | None) -> List
     by chance. Raises NothingFound: no pictures, or no captions; UserError: a damaged file.
     """
     prepared = directory / "prepared"
-    warnings: list[str] = []
+    unreadable: dict[Path, str] = {}
     files = {
         tidy(path.relative_to(directory).as_posix()): path
-        for path in walk(directory, DEPTH, warnings)
+        for path in walk(directory, DEPTH, unreadable)
         if prepared not in path.parents
     }
+    warnings = list(unreadable.values())
     pictures = [name for name in files if is_picture(name)]
     unread = "".join(f"; {warning}" for warning in warnings)
     if not pictures:
@@ -63,8 +65,15 @@ def list_folder(directory: Path, *, seed: int, split_scheme: str | None) -> List
             f"the {len(pictures):,} pictures in {directory} have no captions; {HOW}{unread}"
         )
 
+    listed = _listed(directory, files, {entry.image for entry in entries})
+    said = {name: other for other, name in listed.items()}
+    entries = [entry._replace(image=listed.get(entry.image, entry.image)) for entry in entries]
     items, bad = collect([(e.image, e.image, e.split, e.captions) for e in entries])
-    by_folder = {name: split_name(name.partition("/")[0]) for name in items}
+    by_folder = {  # the folders may be links, too: train to images/2017
+        name: split_name(said.get(name, name).partition("/")[0])
+        or split_name(name.partition("/")[0])
+        for name in items
+    }
     items, scheme, no_split = settle_split(
         items,
         {"given": None, "folders": by_folder},
@@ -73,12 +82,6 @@ def list_folder(directory: Path, *, seed: int, split_scheme: str | None) -> List
         f"the captions in {directory}",
     )
     rejected += bad + no_split
-    # Captions may name a picture through a linked folder, which `walk` lists by one name only.
-    files |= {
-        name: directory / name
-        for name in items
-        if name not in files and os.path.isfile(directory / name)
-    }
     if bare := len(set(pictures) - {entry.image for entry in entries}):
         warnings.append(f"{bare:,} pictures in {directory} have no caption and were left out")
 
@@ -105,6 +108,34 @@ def list_folder(directory: Path, *, seed: int, split_scheme: str | None) -> List
         rejected=rejected,
         warnings=warnings,
     )
+
+
+def _listed(directory: Path, files: dict[str, Path], names: set[str]) -> dict[str, str]:
+    """By which name in `files` a picture is listed that captions name through another link.
+
+    `walk` lists a folder by one name only.
+    """
+    missing = names - files.keys()
+    folders = {
+        os.path.realpath(folder): tidy(folder.relative_to(directory).as_posix())
+        for folder in {path.parent for path in files.values() if missing}
+    }
+
+    @cache
+    def folder_of(above: str) -> str | None:
+        try:
+            return folders.get(os.path.realpath(directory / above))
+        except ValueError:  # what no file can be called
+            return None
+
+    found = {}
+    for name in sorted(missing):
+        above, _, last = name.rpartition("/")
+        folder = folder_of(above)
+        listed = last if folder == "." else f"{folder}/{last}"
+        if folder is not None and listed in files:
+            found[name] = listed
+    return found
 
 
 def _entries(
