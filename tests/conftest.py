@@ -79,3 +79,10 @@ def tiny_model(tiny_checkpoint) -> LoadedModel:
     model = load_model(tiny_checkpoint, device="cpu")
     model.precision = "no"
     return model
+
+
+@pytest.fixture
+def forgetful(tmp_path, monkeypatch):
+    """A test that begins in an empty folder, with nothing remembered."""
+    monkeypatch.setenv("VICVLM_STATE", str(tmp_path / "state.json"))
+    monkeypatch.chdir(tmp_path)

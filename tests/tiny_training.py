@@ -12,7 +12,8 @@ from torch import Tensor
 
 from vicvlm_cli.checkpoint import BANK
 from vicvlm_cli.report.progress import Progress
-from vicvlm_cli.workflows.train import TrainResult, pretrain
+from vicvlm_cli.workflows.run import TrainResult
+from vicvlm_cli.workflows.train import pretrain
 
 QUIET = Progress(quiet=True)
 

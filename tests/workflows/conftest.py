@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from PIL import Image
+from tiny_pictures import draw
 from tiny_training import QUIET, Heard, run
 
+from vicvlm_cli.data.images import load_rgb
 from vicvlm_cli.workflows.prepare import prepare
-from vicvlm_cli.workflows.train import TrainResult
+from vicvlm_cli.workflows.run import TrainResult
+
+Reading = tuple[list[str], dict[str, Callable[[], object]]]
 
 
 @pytest.fixture(scope="session")
@@ -50,3 +55,30 @@ def pretrained(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainR
 def accelerator(monkeypatch: pytest.MonkeyPatch) -> Accelerator:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     return Accelerator()
+
+
+@pytest.fixture
+def eight(tmp_path: Path) -> Path:
+    """Eight pictures, 0.png to 7.png, the last four in a subfolder."""
+    folder = tmp_path / "eight"
+    (folder / "sub").mkdir(parents=True)
+    for i in range(8):
+        draw(folder / ("sub" if i > 3 else "") / f"{i}.png", i)
+    return folder
+
+
+@pytest.fixture
+def reading(monkeypatch: pytest.MonkeyPatch) -> Reading:
+    """The names of the files that are read, in order; ``at[name]`` is called before one is."""
+    names: list[str] = []
+    at: dict[str, Callable[[], object]] = {}
+
+    def load(source: str | Path, at_least: int | None = None) -> Image.Image:
+        names.append(Path(source).name)
+        at.get(names[-1], lambda: None)()
+        return load_rgb(source, at_least)
+
+    monkeypatch.setattr("vicvlm_cli.workflows.embed.load_rgb", load)
+    monkeypatch.setattr("vicvlm_cli.inference.os.cpu_count", lambda: 1)
+    monkeypatch.setattr("vicvlm_cli.inference.supports_bf16", lambda _: False)
+    return names, at

@@ -17,7 +17,7 @@ from vicvlm_cli.workflows.bank import make_bank
 from vicvlm_cli.workflows.embed import embed
 from vicvlm_cli.workflows.evaluate import evaluate
 from vicvlm_cli.workflows.retrieve import retrieve
-from vicvlm_cli.workflows.train import TrainResult
+from vicvlm_cli.workflows.run import TrainResult
 
 CPU = torch.device("cpu")
 

@@ -6,15 +6,13 @@ import json
 import os
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import save_file
+from tiny_pictures import draw, same
 
 from vicvlm_cli.checkpoint import load_model
-from vicvlm_cli.data.images import BadImage, load_rgb
 from vicvlm_cli.errors import UserError
 from vicvlm_cli.gallery import Gallery
 from vicvlm_cli.model.query_bank import QueryBank
@@ -23,45 +21,6 @@ from vicvlm_cli.report.progress import Progress
 from vicvlm_cli.workflows.embed import embed
 
 QUIET = Progress(quiet=True)
-
-
-@pytest.fixture
-def eight(tmp_path):
-    """Eight pictures, 0.png to 7.png, the last four in a subfolder."""
-    folder = tmp_path / "eight"
-    (folder / "sub").mkdir(parents=True)
-    for i in range(8):
-        draw(folder / ("sub" if i > 3 else "") / f"{i}.png", i)
-    return folder
-
-
-def draw(file, seed):
-    """A picture that no other seed makes."""
-    grey = torch.randint(256, (20, 30), generator=torch.Generator().manual_seed(seed))
-    Image.fromarray(grey.byte().numpy()).save(file)
-
-
-@pytest.fixture
-def reading(monkeypatch):
-    """The names of the files that are read, in order; ``at[name]`` is called before one is."""
-    names, at = [], {}
-
-    def load(source, at_least=None):
-        names.append(Path(source).name)
-        at.get(names[-1], lambda: None)()
-        return load_rgb(source, at_least)
-
-    monkeypatch.setattr("vicvlm_cli.workflows.embed.load_rgb", load)
-    monkeypatch.setattr("vicvlm_cli.inference.os.cpu_count", lambda: 1)
-    monkeypatch.setattr("vicvlm_cli.inference.supports_bf16", lambda _: False)
-    return names, at
-
-
-def same(a, b):
-    """Whether two galleries hold the same pictures and features, no two of which are alike."""
-    a, b = Gallery.open(a), Gallery.open(b)
-    assert torch.pdist(a.features).min() > 1e-3
-    return list(a.items) == list(b.items) and torch.allclose(a.features, b.features, atol=1e-5)
 
 
 def stop():
@@ -272,127 +231,3 @@ def test_a_prepared_data_set_is_embedded_again_once_it_is_another(
     (data / "manifest.json").write_text(json.dumps(manifest | {"fingerprint": "0" * 64}))
     embed(data, tiny_checkpoint, output=out, progress=Progress())
     assert "embedded before" not in capsys.readouterr().err
-
-
-def test_links_to_folders_are_followed_once(eight, tiny_checkpoint, tmp_path):
-    (tmp_path / "elsewhere").mkdir()
-    draw(tmp_path / "elsewhere" / "x.png", 30)
-    (eight / "link").symlink_to(tmp_path / "elsewhere")
-    (eight / "sub" / "round").symlink_to(eight)
-    embed(eight, tiny_checkpoint, output=tmp_path / "g", progress=QUIET)
-    paths = [item.path for item in Gallery.open(tmp_path / "g").items]
-    assert len(paths) == 9 and os.path.join("link", "x.png") in paths
-
-
-@pytest.fixture
-def shut(eight, monkeypatch):
-    """Makes a subfolder of ``eight`` one that cannot be read."""
-    scan = os.scandir
-
-    def shut(name="sub"):
-        def scandir(place):
-            if place == eight / name:
-                raise PermissionError(13, "Permission denied")
-            return scan(place)
-
-        monkeypatch.setattr(os, "scandir", scandir)
-
-    return shut
-
-
-def test_a_folder_that_cannot_be_read_is_told(eight, tiny_checkpoint, tmp_path, shut, capsys):
-    shut()
-    told = f"cannot read the folder {eight / 'sub'} (Permission denied)"
-    assert embed(eight, tiny_checkpoint, output=tmp_path / "g", progress=Progress()).count == 4
-    assert f"warning: {told}" in capsys.readouterr().err
-    for i in range(4):
-        (eight / f"{i}.png").unlink()
-    with pytest.raises(UserError) as error:
-        embed(eight, tiny_checkpoint, output=tmp_path / "g", progress=QUIET)
-    assert "hold no pictures" in str(error.value) and told in str(error.value)
-
-
-def test_a_gallery_stays_where_most_of_its_folders_cannot_be_read(
-    eight, tiny_checkpoint, tmp_path, shut, reading
-):
-    out = tmp_path / "g"
-    (eight / "0.png").unlink()
-    embed(eight, tiny_checkpoint, output=out, progress=QUIET)
-    shut()
-    reading[0].clear()
-    with pytest.raises(UserError, match=r"4 of the 7 pictures .*folders cannot .*stays as it is"):
-        embed(eight, tiny_checkpoint, output=out, progress=QUIET)
-    assert reading[0] == [] and len(Gallery.open(out)) == 7
-    draw(eight / "0.png", 0)
-    (eight / "sub" / "4.png").unlink()
-    embed(eight, tiny_checkpoint, output=tmp_path / "new", progress=QUIET)
-
-
-def test_pictures_that_were_deleted_are_not_lost(eight, tiny_checkpoint, tmp_path, shut):
-    out = tmp_path / "g"
-    (eight / "lost+found").mkdir()
-    embed(eight, tiny_checkpoint, output=out, progress=QUIET)
-    shutil.rmtree(eight / "sub")
-    (eight / "0.png").unlink()
-    shut("lost+found")
-    assert embed(eight, tiny_checkpoint, output=out, progress=QUIET).count == 3
-
-
-def test_a_source_that_goes_away_leaves_the_gallery(
-    eight, tiny_checkpoint, make_checkpoint, tmp_path, reading
-):
-    names, at = reading
-    out, other = tmp_path / "g", make_checkpoint(seed=22)
-    embed(eight, tiny_checkpoint, output=out, progress=QUIET)
-
-    def unmounted():
-        eight.rename(tmp_path / "away")
-        eight.mkdir()
-
-    for gone in (unmounted, lambda: eight.rename(tmp_path / "away")):
-        at["6.png"] = gone
-        with pytest.raises(UserError, match=r"eight went away .*bring it back and run `vicvlm emb"):
-            embed(eight, other, output=out, batch_size=1, progress=QUIET)
-        assert Gallery.open(out).model_sha256 == load_model(tiny_checkpoint).info.sha256
-        shutil.rmtree(eight, ignore_errors=True)
-        (tmp_path / "away").rename(eight)
-    names.clear()
-    at.clear()
-    assert embed(eight, other, output=out, progress=QUIET).count == 8
-    assert names == ["6.png", "7.png"]
-
-
-def test_a_prepared_data_set_that_goes_away_is_told(
-    tiny_data, tiny_checkpoint, tmp_path, monkeypatch
-):
-    data = tmp_path / "data"
-    shutil.copytree(tiny_data, data)
-
-    def bad(*_):
-        (data / "manifest.json").unlink(missing_ok=True)
-        raise BadImage("unreadable")
-
-    monkeypatch.setattr("vicvlm_cli.data.prepared.load_rgb", bad)
-    with pytest.raises(UserError, match="data went away while"):
-        embed(data, tiny_checkpoint, output=tmp_path / "g", progress=QUIET)
-
-
-def test_a_gallery_stays_where_most_of_its_pictures_fail(
-    eight, tiny_checkpoint, make_checkpoint, tmp_path, reading
-):
-    _, at = reading
-    out, other = tmp_path / "g", make_checkpoint(seed=23)
-    embed(eight, tiny_checkpoint, output=out, progress=QUIET)
-    (eight / "3.png").write_bytes(b"no picture")
-    at["3.png"] = lambda: (eight / "sub").rename(tmp_path / "away")  # a disk of its own
-    words = r"5 of the 8 pictures in the gallery .*first, 3\.png, is not an image.*another --output"
-    with pytest.raises(UserError, match=words):
-        embed(eight, other, output=out, batch_size=1, progress=QUIET)
-    assert len(Gallery.open(out)) == 8
-    assert Gallery.open(out).model_sha256 == load_model(tiny_checkpoint).info.sha256
-    # Elsewhere it is a gallery of what there is, and of half of the pictures one too.
-    (tmp_path / "away").rename(eight / "sub")
-    assert embed(eight, other, output=tmp_path / "h", batch_size=1, progress=QUIET).count == 3
-    draw(eight / "3.png", 3)
-    (tmp_path / "away").rename(eight / "sub")
-    assert embed(eight, other, output=out, batch_size=1, progress=QUIET).count == 4

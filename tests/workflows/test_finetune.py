@@ -9,7 +9,8 @@ from tiny_training import QUIET, equal, weights
 
 from vicvlm_cli.checkpoint import load_model
 from vicvlm_cli.errors import UsageError
-from vicvlm_cli.workflows.train import TrainResult, finetune
+from vicvlm_cli.workflows.run import TrainResult
+from vicvlm_cli.workflows.train import finetune
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 

@@ -113,7 +113,7 @@ def test_blocks_that_are_frozen_for_a_while_keep_their_weights_whatever_the_meth
         made.append(create_objective(*arguments))
         return made[0]
 
-    monkeypatch.setattr("vicvlm_cli.workflows.train.create_objective", create)
+    monkeypatch.setattr("vicvlm_cli.workflows.run.create_objective", create)
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
     # MAMO's mask tokens come in below the frozen block, and learn through it.
     settings = ("pretrain.objective=mamo", "pretrain.warmup=0.2", "pretrain.frozen_epochs=0.5")

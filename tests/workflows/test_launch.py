@@ -20,7 +20,8 @@ from vicvlm_cli.errors import UsageError, UserError
 from vicvlm_cli.settings import DataConfig
 from vicvlm_cli.workflows import train
 from vicvlm_cli.workflows.launch import join, require_processes, run_folder, with_workers
-from vicvlm_cli.workflows.train import TrainResult, pretrain
+from vicvlm_cli.workflows.run import TrainResult
+from vicvlm_cli.workflows.train import pretrain
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 

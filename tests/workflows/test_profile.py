@@ -16,7 +16,7 @@ from vicvlm_cli.errors import UserError
 from vicvlm_cli.report.tables import training_tables
 from vicvlm_cli.workflows import profile as profiles
 from vicvlm_cli.workflows.profile import Recorder, trace_file
-from vicvlm_cli.workflows.train import TrainResult
+from vicvlm_cli.workflows.run import TrainResult
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 PARTS = ["data wait", "augment", "forward", "backward", "optimiser", "EMA", "log", "other"]

@@ -20,8 +20,9 @@ from vicvlm_cli.errors import UsageError, UserError
 from vicvlm_cli.workflows import session
 from vicvlm_cli.workflows.metrics import Metrics
 from vicvlm_cli.workflows.prepare import prepare
+from vicvlm_cli.workflows.run import TrainResult
 from vicvlm_cli.workflows.stopping import StopAtStep
-from vicvlm_cli.workflows.train import TrainResult, finetune, pretrain
+from vicvlm_cli.workflows.train import finetune, pretrain
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 

@@ -16,7 +16,8 @@ from vicvlm_cli.data.prepared import PreparedDataset
 from vicvlm_cli.errors import UsageError
 from vicvlm_cli.evaluation.evaluate import evaluate_split
 from vicvlm_cli.workflows import session
-from vicvlm_cli.workflows.train import TrainResult, finetune, pretrain
+from vicvlm_cli.workflows.run import TrainResult
+from vicvlm_cli.workflows.train import finetune, pretrain
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 

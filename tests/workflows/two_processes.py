@@ -27,7 +27,7 @@ from vicvlm_cli.objectives.ranks import Noise, gather, gather_padded, global_mea
 from vicvlm_cli.objectives.vicreg import TERMS
 from vicvlm_cli.report.progress import Progress
 from vicvlm_cli.settings import LossConfig, TrainConfig
-from vicvlm_cli.workflows import train
+from vicvlm_cli.workflows import run, train
 
 CPU = torch.device("cpu")
 ROWS = 4  # of each process
@@ -197,7 +197,7 @@ def training(data: Path, out: Path, settings: list[str]) -> dict[str, Tensor]:
         made.append(create_objective(*arguments))
         return made[0]
 
-    setattr(train, "create_objective", create)  # noqa: B010
+    setattr(run, "create_objective", create)  # noqa: B010
     result = train.pretrain(data, overrides=settings, output=out, progress=Progress(quiet=True))
     state = {k: v.clone() for k, v in made[0].state_dict().items()}
     return {**state, "rerank_weights": torch.tensor(result.rerank_weights)}

@@ -30,8 +30,11 @@ def write_whole(path: Path, text: str) -> None:
     A lone surrogate is written as its escape, which JSON reads back.
     """
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    beside.write_text(text, encoding="utf-8", errors="backslashreplace")
-    os.replace(beside, path)
+    try:
+        beside.write_text(text, encoding="utf-8", errors="backslashreplace")
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)  # a part, for which there was no room
 
 
 @dataclass
