@@ -7,13 +7,11 @@ import torch
 from test_cli import run
 
 from vicvlm_cli import cli, console, remembered
-from vicvlm_cli.data.batches import RowsError
-from vicvlm_cli.errors import UserError
+from vicvlm_cli.errors import OwnError, UserError
 from vicvlm_cli.workflows import embed as embed_workflow
 from vicvlm_cli.workflows import evaluate as evaluate_workflow
 from vicvlm_cli.workflows import retrieve as retrieve_workflow
 from vicvlm_cli.workflows import train as train_workflow
-from vicvlm_cli.workflows.state import RunError
 
 pytestmark = pytest.mark.usefixtures("forgetful")
 
@@ -123,7 +121,7 @@ def test_the_first_process_of_another_machine_says_what_that_lacks(second_proces
     assert (said.exit_code, said.output) == (2, "")
 
 
-@pytest.mark.parametrize("error", [RowsError("picture 7 is damaged"), RunError("no room")])
+@pytest.mark.parametrize("error", [OwnError("picture 7 is damaged"), OwnError("no room")])
 def test_any_process_says_what_it_alone_has_met(second_process, monkeypatch, error):
     def fail(*args, **options):
         raise error

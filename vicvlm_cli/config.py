@@ -200,9 +200,12 @@ def load_config(
             table = {**table, kind: stage}
         table = merge(table, recipe)
     table = merge(table, over)
-    if _objective(table) == _objective(table, "finetune") is not None:
-        options = {k: v for k, v in _options(table, "pretrain").items() if k not in BESIDE_OPTIONS}
-        table = merge({"finetune": {"options": options}}, table)
+    method = _objective(table)
+    if method is not None and method == _objective(table, "finetune"):
+        options = table["pretrain"].get("options")
+        if isinstance(options, Mapping):
+            shared = {k: v for k, v in options.items() if k not in BESIDE_OPTIONS}
+            table = merge({"finetune": {"options": shared}}, table)
     return from_dict(Config, table)
 
 
@@ -213,9 +216,3 @@ BESIDE_OPTIONS = ("expander",)  # of losses beside the method's own, which fine-
 def _objective(table: Mapping[str, Any], kind: str = "pretrain") -> Any:
     stage = table.get(kind, {})
     return stage.get("objective") if isinstance(stage, Mapping) else None
-
-
-def _options(table: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
-    stage = table.get(kind, {})
-    options = stage.get("options", {}) if isinstance(stage, Mapping) else {}
-    return options if isinstance(options, Mapping) else {}

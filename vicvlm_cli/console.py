@@ -20,7 +20,7 @@ import typer
 from typer.core import TyperGroup
 
 from vicvlm_cli import remembered
-from vicvlm_cli.errors import UsageError, UserError
+from vicvlm_cli.errors import OwnError, UsageError, UserError
 
 if TYPE_CHECKING:
     from vicvlm_cli.report.progress import Progress
@@ -60,7 +60,7 @@ def _tells(error: UserError) -> bool:
 
     The first of each machine, unless it is about the command line: a machine may lack a file.
     """
-    if RANK == 0 or error.own:
+    if RANK == 0 or isinstance(error, OwnError):
         return True
     return LOCAL_RANK == 0 and not isinstance(error, UsageError)
 

@@ -7,10 +7,13 @@ class UserError(Exception):
     """A mistake a user can mend: one sentence on what is wrong, where, and what to do next."""
 
     exit_code = 1
-    own = False  # met by one process of a launch alone, so that no other can tell of it
 
 
 class UsageError(UserError):
     """A command line or configuration that makes no sense before any work has begun."""
 
     exit_code = 2
+
+
+class OwnError(UserError):
+    """What one process of a launch met alone, so that no other can tell of it."""

@@ -281,7 +281,7 @@ class LoadedModel:
             if features is not None:
                 image = image._replace(features=features[rows].to(self.device))
             with inferring(self.vlm, self.device, self.precision):
-                logits.append(self.vlm.match(image, text).float().cpu())
+                logits.append(self.vlm.match(image, text).cpu())
         return torch.cat(logits)
 
     def _pairs(

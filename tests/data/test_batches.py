@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 from tiny import CAPTIONS, make_tokenizer
 
-from vicvlm_cli.data.batches import Batch, Plan, Rows, RowsError, batches, load_size
+from vicvlm_cli.data.batches import Batch, Plan, Rows, batches, load_size
 from vicvlm_cli.data.decoded import make_decoded
 from vicvlm_cli.data.images import BadImage
 from vicvlm_cli.data.prepared import PreparedDataset, Split
-from vicvlm_cli.errors import UserError
+from vicvlm_cli.errors import OwnError, UserError
 from vicvlm_cli.report.progress import Progress
 from vicvlm_cli.settings import DataConfig
 
@@ -240,7 +240,7 @@ def test_damaged_shards_are_named(
     split = PreparedDataset.open(tiny_data).split("train")
     monkeypatch.setattr(Split, "image", image)
     source, schedule = Rows(split, make_tokenizer(), 20, 24), Plan((5,) * 8, "all", 4, seed=0)
-    with pytest.raises(RowsError, match="^image .* is truncated: the shards are damaged") as told:
+    with pytest.raises(OwnError, match="^image .* is truncated: the shards are damaged") as told:
         next(batches(source, schedule, workers=workers))
     assert "\n" not in str(told.value)  # a sentence, and not the trace of a loader process
 

@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from tiny import make_tokenizer
 from torch import nn
 
-from vicvlm_cli.workflows.state import RunError, find_run_state, save_run_state, writing
+from vicvlm_cli.errors import OwnError
+from vicvlm_cli.workflows.state import find_run_state, save_run_state, writing
 
 
 def test_a_saved_state_comes_back(accelerator: Accelerator, tmp_path: Path) -> None:
@@ -90,7 +91,7 @@ def test_a_state_that_there_is_no_room_for_leaves_the_one_before(
         try:
             with no_file_above(10**7 if step else 300_000):
                 save_run_state(accelerator, tmp_path / "state", make_tokenizer(), position)
-        except RunError as error:
+        except OwnError as error:
             assert step is None
             assert str(error) == (
                 f"cannot write {tmp_path}: {os.strerror(errno.EFBIG)}; the state of step 1 is "
@@ -106,9 +107,9 @@ def test_what_torch_and_safetensors_say_of_a_full_disk_is_understood(tmp_path: P
     again = "; mend that, or choose another --output, and start again"
     part, limit = f"the disk is full, or took only a part{again}", os.strerror(errno.EFBIG) + again
     with no_file_above(300_000):
-        with pytest.raises(RunError, match=part), writing(tmp_path):
+        with pytest.raises(OwnError, match=part), writing(tmp_path):
             torch.save(large, tmp_path / "a.bin")
-        with pytest.raises(RunError, match=limit), writing(tmp_path):
+        with pytest.raises(OwnError, match=limit), writing(tmp_path):
             save_file(large, tmp_path / "a.safetensors")
 
 
@@ -129,7 +130,7 @@ def test_what_torch_and_safetensors_say_of_a_full_disk_is_understood(tmp_path: P
 )
 def test_why_a_run_cannot_be_written(error: Exception, reason: str, tmp_path: Path) -> None:
     told = f"^cannot write {tmp_path}: {reason}; mend that"
-    with pytest.raises(RunError, match=told), writing(tmp_path):
+    with pytest.raises(OwnError, match=told), writing(tmp_path):
         raise error
 
 

@@ -22,16 +22,10 @@ from vicvlm_cli.data.decoded import DecodedFile, decode
 from vicvlm_cli.data.prepared import Split
 from vicvlm_cli.data.tokenizer import Tokenizer
 from vicvlm_cli.data.transforms import CROP_MARGIN, names_no_side
-from vicvlm_cli.errors import UserError
+from vicvlm_cli.errors import OwnError, UserError
 from vicvlm_cli.settings import DataConfig
 
 AHEAD = 4  # batches made before they are asked for, by each process
-
-
-class RowsError(UserError):
-    """What is wrong with the rows of one process, so that no other can tell of it."""
-
-    own = True
 
 
 @dataclass
@@ -224,7 +218,7 @@ def batches(
 
     Raises:
         UserError: the split is smaller than one batch.
-        RowsError: as the batches come, pictures of this process are damaged.
+        OwnError: as the batches come, pictures of this process are damaged.
     """
     if plan.batches == 0:
         raise UserError(
@@ -262,11 +256,11 @@ def _raised(loaded: Iterator[Batch | UserError]) -> Iterator[Batch]:
     """The batches that were ``loaded``.
 
     Raises:
-        RowsError: one of them was a mistake.
+        OwnError: one of them was a mistake.
     """
     for batch in loaded:
         if isinstance(batch, UserError):
-            raise RowsError(str(batch))
+            raise OwnError(str(batch))
         yield batch
 
 

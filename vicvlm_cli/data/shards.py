@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vicvlm_cli.data.prepared import MANIFEST, REJECTED, Manifest, split_hash
-from vicvlm_cli.data.sources.listing import SPLITS, Item, Rejected, printable
+from vicvlm_cli.data.sources.listing import SPLITS, Item, Rejected, escaped
 
 SHARD_IMAGES = 1000
 SHARD_BYTES = 64 << 20
@@ -158,7 +158,7 @@ class ShardWriter:
         beside = target.with_name(f"{target.name}.{os.getpid()}.tmp")
         with ArrowWriter(path=str(beside), features=features) as writer:
             for item, data in content.rows:
-                path = printable(item.path)
+                path = escaped(item.path)
                 writer.write(
                     {
                         "image_id": item.image_id,

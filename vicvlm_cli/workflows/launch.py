@@ -172,23 +172,25 @@ def held(run: Path) -> Iterator[None]:
     Raises:
         UserError: another one does.
     """
-    if fcntl is None or not PartialState().is_main_process:
-        yield
-        return
-    folder = os.open(run, os.O_RDONLY)
+    folder, taken = None, False
     try:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if fcntl is not None and PartialState().is_main_process:
+            folder = os.open(run, os.O_RDONLY)
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                taken = True
+            except OSError:
+                pass  # a file system without locks
+        if broadcast_object_list([taken])[0]:  # else the others would wait in vain
             raise UserError(
                 f"another training is at work in {run}: wait for its end, or choose another "
                 "--output"
-            ) from None
-        except OSError:
-            pass  # a file system without locks
+            )
         yield
     finally:
-        os.close(folder)  # and the lock is gone, as when the process is killed
+        if folder is not None:
+            os.close(folder)  # and the lock is gone, as when the process is killed
 
 
 def _claim(stem: str) -> Path:

@@ -24,8 +24,8 @@ from vicvlm_cli.data.sources.listing import (
     Rejected,
     digest_of,
     draw,
+    escaped,
     partial_text,
-    printable,
 )
 from vicvlm_cli.errors import UsageError, UserError
 from vicvlm_cli.report.progress import Progress
@@ -76,7 +76,7 @@ def prepare(
         raise UsageError(f"--max-bad is a fraction between 0 and 1, not {max_bad}")
     directory = Path(directory)
     output = Path(output) if output is not None else directory / output_name(source)
-    if (shown := printable(str(output))) != str(output):
+    if (shown := escaped(str(output))) != str(output):
         raise UsageError(f"{shown} is no name in UTF-8, which shards need: choose another --output")
     try:
         listing = find_source(
@@ -207,8 +207,7 @@ class _Gate:
             return
         self.writer.write_rejected()
         first = ", ".join(
-            f"{printable(item.image_id)} ({item.reason})"
-            for item in islice(self.writer.rejected, 5)
+            f"{escaped(item.image_id)} ({item.reason})" for item in islice(self.writer.rejected, 5)
         )
         raise UserError(
             f"at least {bad:,} of {total:,} images are bad, more than --max-bad "

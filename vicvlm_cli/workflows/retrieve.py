@@ -63,7 +63,7 @@ def retrieve(
     own = model.vlm.pair_score
     if rerank and own is None:
         raise UsageError("this model has no matching head: leave out --rerank")
-    if own is not None and own.alone and not (rerank is not False and image is None):
+    if own is not None and own.alone and (image is not None or rerank is False):
         of = "pictures like this one" if image else "without re-ranking, they"
         progress.say(
             f"note: {own.name} is of words with pictures: {of} are in the order of the "
@@ -84,9 +84,11 @@ def retrieve(
     if image is None and stored.off is not None:
         cosines = scores + stored.off[rows]
     if rerank:
-        found = _reranked(text, stored, model, scores, cosines, rows, asked, progress)
+        found = _reranked(text, stored, model, scores, rows, asked, progress)
         rerank = found is not None
-        scores, cosines, rows = found or (scores, cosines, rows)
+        if found is not None:
+            scores, at = found
+            cosines, rows = cosines[at], rows[at]
     hits = [
         Hit(
             rank=rank,
@@ -162,12 +164,11 @@ def _reranked(
     gallery: Gallery,
     model: LoadedModel,
     similarity: torch.Tensor,
-    cosines: torch.Tensor,
     rows: torch.Tensor,
     asked: bool,
     progress: Progress,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-    """Scores, cosines and rows of the candidates [k], ordered by the combined score.
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Combined scores of the candidates [k], best first, and their places among ``rows``.
 
     Candidates whose picture cannot be read any more are left out, with a note; where none can,
     None, or UserError if re-ranking was ``asked`` for. ``similarity`` [k] is what they were found
@@ -208,7 +209,7 @@ def _reranked(
     logits = model.match_pairs(pictures, [query] * len(pictures), gallery.features[rows[at]])
     scores = scale * similarity[at] + weight * logits
     order = scores.argsort(descending=True, stable=True)
-    return scores[order], cosines[at[order]], rows[at[order]]
+    return scores[order], at[order]
 
 
 def _picture(gallery: Gallery, row: int) -> Image.Image | None:

@@ -17,6 +17,7 @@ from vicvlm_cli.checkpoint import FILE_NAME
 from vicvlm_cli.data.batches import Plan
 from vicvlm_cli.data.shards import write_whole
 from vicvlm_cli.device import keep_freed_memory
+from vicvlm_cli.errors import OwnError
 from vicvlm_cli.model.vlm import RerankWeights
 from vicvlm_cli.objectives import OBJECTIVES, create_objective
 from vicvlm_cli.report.profile import Profile
@@ -32,7 +33,6 @@ from vicvlm_cli.workflows.metrics import LossRow, Metrics, summary_dicts
 from vicvlm_cli.workflows.profile import Recorder
 from vicvlm_cli.workflows.session import Job, Session
 from vicvlm_cli.workflows.state import (
-    RunError,
     find_run_state,
     kept_step,
     load_run_state,
@@ -87,7 +87,7 @@ def train(
         contrast = f" (--contrastive-batch {pairs} keeps the size of the contrast)"
         step = kept_step(job.run)
         kept = f"; the state of step {step} is kept, for --resume {job.run} with more memory free"
-        raise RunError(
+        raise OwnError(
             f"out of memory on {accelerator.device}: lower --batch-size, which is "
             f"{job.train.batch_size}{contrast if caches and job.train.accumulate == 1 else ''}"
             f"{'' if step is None else kept}"

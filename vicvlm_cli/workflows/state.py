@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 
 from vicvlm_cli.data.tokenizer import Tokenizer
-from vicvlm_cli.errors import UserError
+from vicvlm_cli.errors import OwnError
 
 
 @dataclass
@@ -34,18 +34,12 @@ class Position:
     thawed: float | None = None  # share of the run at which the frozen blocks began to train
 
 
-class RunError(UserError):
-    """What one process of a run met alone, so that no other can tell of it."""
-
-    own = True
-
-
 @contextmanager
 def writing(run: Path) -> Iterator[None]:
     """Around what writes to ``run``.
 
     Raises:
-        RunError: not all could be written; names the state that is kept, if there is one.
+        OwnError: not all could be written; names the state that is kept, if there is one.
     """
     try:
         yield
@@ -59,7 +53,7 @@ def writing(run: Path) -> Iterator[None]:
             if step is None
             else f"the state of step {step} is kept: mend that, then go on with --resume {run}"
         )
-        raise RunError(f"cannot write {run}: {reason}; {next_}") from error
+        raise OwnError(f"cannot write {run}: {reason}; {next_}") from error
 
 
 def _reason(error: Exception) -> str | None:
@@ -79,7 +73,7 @@ def save_run_state(
     """Write everything that resuming needs into ``folder``, whole or not at all.
 
     Raises:
-        RunError: it cannot be written; the state before it is kept.
+        OwnError: it cannot be written; the state before it is kept.
     """
     beside, old = folder.with_name("state.new"), folder.with_name("state.old")
     if accelerator.is_main_process:
@@ -107,14 +101,14 @@ def load_run_state(accelerator: Accelerator, folder: Path) -> None:
     """Put back what :func:`save_run_state` wrote, into what ``accelerator`` has prepared.
 
     Raises:
-        RunError: the objective of then had other parameters.
+        OwnError: the objective of then had other parameters.
     """
     try:
         accelerator.load_state(str(folder))
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError) as error:
-        raise RunError(
+        raise OwnError(
             f"{folder} holds other weights than this version trains, so that the run cannot go on: "
             "start a new one, or go on with the version that began it"
         ) from error

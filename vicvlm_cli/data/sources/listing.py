@@ -75,7 +75,7 @@ def digest_of(*facts: object) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def printable(text: str) -> str:
+def escaped(text: str) -> str:
     """`text` as UTF-8 can hold it: a lone surrogate (of a file name, of JSON) is escaped."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
@@ -113,7 +113,7 @@ def collect(
     rejected = []
     for key, image_id, split, texts in entries:
         split = split or ""
-        if image_id != printable(image_id):
+        if image_id != escaped(image_id):
             rejected.append(Rejected(image_id, split, "name is not UTF-8"))
             continue
         if first.setdefault(key, (image_id, split))[1] != split:
@@ -124,7 +124,7 @@ def collect(
             text = " ".join(text.split())
             if not text:
                 rejected.append(Rejected(image_id, split, "empty caption"))
-            elif text != printable(text):
+            elif text != escaped(text):
                 rejected.append(Rejected(image_id, split, "caption is not UTF-8"))
             else:
                 said.append(text)
