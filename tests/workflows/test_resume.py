@@ -207,7 +207,7 @@ def test_what_cannot_be_resumed(pretrained: TrainResult, scenes: Path, tmp_path:
         pretrain(scenes, resume=pretrained.run, progress=QUIET)
     with pytest.raises(UserError, match="cannot be resumed: it has no saved state; give the comm"):
         pretrain(scenes, resume=tmp_path, progress=QUIET)
-    with pytest.raises(UserError, match="cannot be resumed: there is no such folder; give the com"):
+    with pytest.raises(UserError, match="cannot be resumed: there is no such folder; name one of"):
         pretrain(scenes, resume=tmp_path / "none", progress=QUIET)
     (tmp_path / "killed").mkdir()
     (tmp_path / "killed" / "model.safetensors").touch()

@@ -177,5 +177,9 @@ def _why_not(run: Path) -> str:
         return "it has finished; start a new run without --resume"
     if (run / FILE_NAME).is_file():
         return f"it has a {FILE_NAME} but no saved state; start a new run in another folder"
-    what = "it has no saved state" if run.is_dir() else "there is no such folder"
-    return f"{what}; give the command that begins it, with --output {run} and without --resume"
+    if not run.is_dir():
+        return "there is no such folder; name one of those under runs/, or where --output put it"
+    return (
+        f"it has no saved state; give the command that begins it, with --output {run} and without "
+        "--resume"
+    )
