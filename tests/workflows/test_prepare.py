@@ -95,18 +95,24 @@ def test_the_result_depends_neither_on_workers_nor_on_the_archive(tmp_path: Path
         assert all(a.image(i) == b.image(i) for i in range(len(a)))
 
 
+def stop_after(pictures: int, calls: list[object], patch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C once so many pictures are encoded; ``calls`` are those that were begun."""
+    real = workflow.encode_image
+
+    def encode(source: object, side: int) -> bytes:
+        calls.append(source)
+        if len(calls) > pictures:
+            raise KeyboardInterrupt
+        return real(source, side)  # type: ignore[arg-type]
+
+    patch.setattr(workflow, "encode_image", encode)
+
+
 def test_an_interrupted_run_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "SHARD_IMAGES", 4)
     flickr8k(tmp_path, broken={15: b"no picture"})
     real, calls = workflow.encode_image, []
-
-    def pulled_plug(source: object, side: int) -> bytes:
-        calls.append(source)
-        if len(calls) > 11:
-            raise KeyboardInterrupt
-        return real(source, side)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(workflow, "encode_image", pulled_plug)
+    stop_after(11, calls, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, workers=1, max_bad=0.5)
     output = tmp_path / "flickr8k"
@@ -284,15 +290,8 @@ def test_a_picture_that_lost_a_caption_is_stored_by_the_run_that_continues(
     rows[4]["captions"] = ["good", " "]
     rows.append({"file_name": "5.jpg", "captions": ["good"], "split": "val"})
     (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    real, calls = workflow.encode_image, []
-
-    def killed(source: object, side: int) -> bytes:
-        calls.append(source)
-        if len(calls) > 3:
-            raise KeyboardInterrupt
-        return real(source, side)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(workflow, "encode_image", killed)
+    real = workflow.encode_image
+    stop_after(3, [], monkeypatch)
     monkeypatch.setattr(workflow, "_encoded", _one_by_one)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, source="folder", max_bad=1)
