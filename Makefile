@@ -36,9 +36,9 @@ demo: export HF_HUB_OFFLINE := 1
 demo: $(STAMP)  ## Prepare, pretrain, finetune, evaluate, embed, retrieve; 5 minutes at most
 	@rm -rf demo
 	vicvlm prepare scenes demo
-	vicvlm pretrain --target byol --output demo/pretrained
+	vicvlm pretrain --output demo/pretrained
 	vicvlm finetune --output demo/finetuned
-	vicvlm evaluate --top-k 32 | tee demo/recall.txt
+	vicvlm evaluate | tee demo/recall.txt
 	vicvlm embed --split test --output demo/gallery
 	vicvlm retrieve "a red star above a blue circle" --sheet demo/search.png
 	@echo

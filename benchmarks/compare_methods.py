@@ -25,60 +25,74 @@ from trainings import Run, Unfinished, advance
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
-VICREG = ("variance", "covariance", "invariance")
-VICVLM = ("itm", "mlm", "mim", "joint_mim", *VICREG)
+VICREG = {"variance": 0.02, "covariance": 0.002, "invariance": 0.02}
+ADDED = {"itm": 0.5, "mlm": 0.1, "mim": 0.1, "joint_mim": 0.1, **VICREG}
+# All that VicVLM has, on from the middle of the run, VICReg on the multimodal features: the preset
+# for drawn scenes as it was.
+MULTIMODAL = (
+    'pretrain.options.vicreg="multimodal"',
+    *(
+        f"pretrain.losses.{name}={{weight = {weight}, start = 0.5, ramp = 0.1, "
+        f"every = {4 if name == 'itm' else 2}}}"
+        for name, weight in ADDED.items()
+    ),
+)
+MATCHING = ("finetune.losses.itm.weight=1",)
 
 
 class Method(NamedTuple):
     """What `vicvlm pretrain` is told, and what `vicvlm finetune` is; all else is the preset's.
 
     ``all_pairs``: what orders pairs leaves the features that make a shortlist untrained, and is
-    cheap enough to go without one.
+    cheap enough to go without one. ``often``: validations for one of a method whose pairs are
+    cheap, so that there are some along the way where few pairs go by.
     """
 
     pretrain: tuple[str, ...] = ()
     finetune: tuple[str, ...] = ()
     taught: bool = False
     all_pairs: bool = False
+    often: int = 1
 
 
-def _named(name: str, *more: str) -> Method:
-    return Method((f"pretrain.objective={name}", *more))
+def _named(name: str, *more: str, often: int = 1) -> Method:
+    return Method((f"pretrain.objective={name}", *more), often=often)
 
 
 def _scan(*more: str) -> Method:
     method = _named("scan", "pretrain.rerank_top_k=128", *more)
-    return method._replace(finetune=("finetune.rerank_top_k=128",), all_pairs=True)
+    return method._replace(finetune=("finetune.rerank_top_k=128",), all_pairs=True, often=4)
+
+
+def _multimodal(*more: str) -> Method:
+    return Method((*MULTIMODAL, *more), MATCHING)
 
 
 SMALLER = "-batch-64"  # behind a method's name: its row of recall.py with smaller batches
 METHODS: dict[str, Method] = {
-    "itc": Method(
-        tuple(f"pretrain.losses.{name}.weight=0" for name in VICVLM),
-        ("finetune.losses.itm.weight=0",),
-    ),
+    "itc": Method(tuple(f"pretrain.losses.{name}.weight=0" for name in ADDED), often=4),
     "vicvlm": Method(),
+    "vicvlm-multimodal": _multimodal(),
+    "vicvlm-multimodal-pixel": _multimodal("pretrain.options.target=pixel"),
     # Without what makes it cheap: every loss on all rows of every step.
-    "vicvlm-all-rows": Method(
-        (
-            "pretrain.options.masked_stride=1",
-            *(f"pretrain.losses.{name}.every=1" for name in VICVLM),
-        )
+    "vicvlm-multimodal-all-rows": _multimodal(
+        "pretrain.options.masked_stride=1",
+        *(f"pretrain.losses.{name}.every=1" for name in ADDED),
     ),
     # Hidden patches stay in the image encoder as mask tokens.
-    "vicvlm-encode-hidden": Method(("pretrain.options.drop_hidden=false",)),
-    "vicvlm-pixel": Method(("pretrain.options.target=pixel",)),
+    "vicvlm-multimodal-encode-hidden": _multimodal("pretrain.options.drop_hidden=false"),
     "clip": _named("clip"),
     "siglip": _named("clip", "pretrain.options.loss=sigmoid"),
     "vsepp": _named("vsepp"),
     "scan": _scan(),
     "scan-i2t": _scan("model.fusion_options.direction=i2t"),
-    "mamo": _named("mamo"),
-    "mamo-seed": _named("mamo", "pretrain.options.variant=seed"),
-    "maskvlm": _named("maskvlm"),
-    "albef": _named("albef"),
-    "vilt": _named("vilt"),
-    "s_smke": _named("s_smke")._replace(taught=True),
+    "mamo": _named("mamo", often=8),
+    "mamo-seed": _named("mamo", "pretrain.options.variant=seed", often=8),
+    "maskvlm": _named("maskvlm", often=8),
+    "albef": _named("albef", often=4),
+    "albef-queue": _named("albef", "pretrain.options.queue_steps=0", often=4),  # from the start
+    "vilt": _named("vilt", often=4),
+    "s_smke": _named("s_smke", often=8)._replace(taught=True),
 }
 
 
@@ -90,12 +104,16 @@ def run(
     seeds: Annotated[int, typer.Option(help="Runs of each method.")] = 1,
     minutes: Annotated[float, typer.Option(help="CPU time of a pretraining.")] = 5.0,
     tune: Annotated[float, typer.Option(help="CPU time of a fine-tuning; 0: none.")] = 1.0,
-    validate: Annotated[float, typer.Option(help="Epochs between validations.")] = 1.0,
+    validate: Annotated[
+        float, typer.Option(help="Epochs between validations; fewer where pairs are dear.")
+    ] = 1.0,
     split: Annotated[str, typer.Option(help="Split of the final figures.")] = "test",
     top_k: Annotated[int, typer.Option(help="Candidates ordered by pair scores.")] = 32,
     preset: Annotated[str | None, typer.Option(help="Of all runs. [default: the data's]")] = None,
-    teacher: Annotated[str, typer.Option(help="s_smke: any timm model.")] = "",
-    teacher_weights: Annotated[str, typer.Option(help="s_smke: a local file, or hub.")] = "hub",
+    teacher: Annotated[str, typer.Option(help="s_smke: any timm model, by name or folder.")] = "",
+    teacher_weights: Annotated[
+        str, typer.Option(help="s_smke: a local file, or hub. [default: the folder's, or hub]")
+    ] = "",
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Further settings of all pretrainings.")
     ] = None,
@@ -129,7 +147,7 @@ def run(
             options=("--preset", preset) if preset else (),
             split=split,
             top_k=top_k,
-            validate_every=validate,
+            validate_every=validate / method.often,
             all_pairs=method.all_pairs,
         )
         for seed in range(seeds)

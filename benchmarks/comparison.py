@@ -78,7 +78,7 @@ def rsum(results: list[Result], kind: str) -> str:
 def difference_table(first: list[Result], second: list[Result]) -> str:
     """Means of ``first`` less those of ``second``, two runs or more each, with standard errors."""
     rows = []
-    for kind in ("dual", "banked"):
+    for kind in ("dual", "banked", "reranked"):
         tables = [[r["evaluate"].get(kind) for r in results] for results in (first, second)]
         if not all(map(all, tables)):
             continue

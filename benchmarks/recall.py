@@ -11,7 +11,8 @@ machines, so `speed` measures it first: L is as long as ITC alone takes on this 
 pairs, which is about 55 minutes of one core where there is nothing faster than AVX2, and about 30
 where bfloat16 is fast; S is half of it, XS, for a first look, a fifth, T, for the text side alone,
 a twelfth. Finished rows are kept as small JSON files in benchmarks/results/recall and not run
-again; with `--piece 9` no call takes longer than about nine minutes, and the same call goes on.
+again: `--out FOLDER` keeps them elsewhere, and so measures anew. With `--piece 9` no call takes
+longer than about nine minutes and the last evaluation, and the same call goes on.
 """
 
 from __future__ import annotations
@@ -37,12 +38,13 @@ from comparison import (
     table,
 )
 from machine import this_machine
-from recall_rows import ALONE, BASES, ROWS, TEACHER, VALIDATE_EVERY
+from recall_rows import ALONE, BASES, ROWS, TEACHER, TOP_K
 from speed import minutes_of_itc  # beside this file, as the others
 from trainings import Run, Unfinished, advance, write_whole
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
+VALIDATE_EVERY = 4.0  # epochs, of a method whose pairs are cheap
 SHARES = {"T": 1 / 12, "XS": 1 / 5, "S": 1 / 2, "L": 1.0}
 RESULTS = Path(__file__).parent / "results" / "recall"
 PRESET = "vicvlm-tiny-photos"
@@ -88,6 +90,9 @@ def run(
         int, typer.Option(help="Cores a run, for what leaves no memory to one beside it.")
     ] = 1,
     piece: Annotated[float, typer.Option(help="Minutes of this call; 0: to the end.")] = 0.0,
+    out: Annotated[
+        Path, typer.Option(help="Folder of the finished rows of all budgets.")
+    ] = RESULTS,
 ) -> None:
     """Train and measure what has not been measured yet."""
     from flops import note_gflop  # imports torch, which a report does without
@@ -127,18 +132,26 @@ def run(
                 data=data,
                 minutes=minutes,
                 tune=0.0,
-                validate_every=VALIDATE_EVERY.get(method_name, 4.0),
+                validate_every=VALIDATE_EVERY / method.often,
                 threads=threads,
+                top_k=TOP_K.get(method_name, Run.top_k),
                 all_pairs=method.all_pairs,
                 pretrain=chosen,
                 options=("--preset", PRESET, "--image-weights", str(weights)),
             )
         )
 
+    # What is measured anew is trained anew, too.
+    work = WORK if out == RESULTS else out / "runs"
+
     def one(run: Run) -> None:
+        file = out / place / f"{run.key}.json"
+        if file.exists():
+            print(f"{run.key}: measured already, in {file}; --out FOLDER measures anew", flush=True)
+            return
         try:
-            advance(run, WORK / f"{place}-{minutes}", until, RESULTS / place)
-            print(f"{run.key}: done, report --budget {place}", flush=True)
+            advance(run, work / f"{place}-{minutes}", until, out / place)
+            print(f"{run.key}: done, in {file}", flush=True)
         except Unfinished:
             print(f"{run.key}: the same call goes on from here", flush=True)
 
@@ -147,7 +160,7 @@ def run(
     for each in runs:
         if time.monotonic() < until:
             counted = (*each.pretrain, 'model.image_weights=""')
-            note_gflop(_flops(bool(base), each.name), data, PRESET, counted)
+            note_gflop(_flops(out, bool(base), each.name), data, PRESET, counted)
 
 
 @app.command()
@@ -155,9 +168,12 @@ def report(
     budget: Annotated[str, typer.Option(help="L, or another folder of finished rows.")] = "L",
     row: Annotated[str, typer.Option(help="With --less: this row's means less another's.")] = "",
     less: Annotated[str, typer.Option(help="The other row.")] = "",
+    out: Annotated[
+        Path, typer.Option(help="Folder of the finished rows of all budgets.")
+    ] = RESULTS,
 ) -> None:
     """The table of a budget, in Markdown; or how far two of its rows are apart."""
-    runs = read_runs(RESULTS / budget, ROWS)
+    runs = read_runs(out / budget, ROWS)
     if not runs:
         raise typer.BadParameter(f"there are no finished rows of {budget}")
     if row or less:
@@ -170,7 +186,7 @@ def report(
     for name, results in runs.items():
         cells = [name, str(len(results)), _spent(results)]
         cells.append(f"{mean(r['pretrain']['pairs'] for r in results):,.0f}")
-        cells.append(noted_gflop(_flops(earlier, name), results))
+        cells.append(noted_gflop(_flops(out, earlier, name), results))
         for kind in ("dual", "banked", "reranked"):
             cells += [*(recalls(results, kind, way) for way in WAYS), rsum(results, kind)]
         rows.append(cells)
@@ -184,9 +200,9 @@ def _spent(results: list[Result]) -> str:
     return f"{minutes[0]}" if minutes[0] == minutes[-1] else f"{minutes[0]} to {minutes[-1]}"
 
 
-def _flops(earlier: bool, name: str) -> Path:
+def _flops(out: Path, earlier: bool, name: str) -> Path:
     """Operations of a pair do not depend on the budget; earlier presets had smaller pictures."""
-    return RESULTS / ("flops-small" if earlier else "flops") / f"{name}.json"
+    return out / ("flops-small" if earlier else "flops") / f"{name}.json"
 
 
 TITLES = [

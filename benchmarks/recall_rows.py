@@ -5,13 +5,11 @@ from __future__ import annotations
 from compare_methods import METHODS, SMALLER  # beside this file
 
 TEACHER = "deit_tiny_patch16_224"  # of s_smke, at 224 pixels: the weights that all start from
-# Epochs between validations of methods whose pairs cost so much that few of them are seen.
-VALIDATE_EVERY = {
-    **dict.fromkeys(("scan", "scan-i2t", "albef", "vilt"), 1.0),
-    **dict.fromkeys(("mamo", "mamo-seed", "maskvlm", "s_smke"), 0.5),
-}
+# A pair of ViLT's costs a pass: all pictures and more candidates would take longer than training.
+FEWER = ("pretrain.validation_images=200", "pretrain.rerank_top_k=8")
+TOP_K = {"vilt": 16}  # of the last evaluation, which is of all pictures
 # A run has few of their steps at the preset's batch, 72 of MAMO's at L: more and smaller ones.
-DEAR = ("albef", "mamo", "mamo-seed", "maskvlm", "s_smke")
+DEAR = ("albef", "albef-queue", "mamo", "mamo-seed", "maskvlm", "s_smke")
 
 MATCHING = ("itm",)
 MASKED = ("mlm", "mim", "joint_mim")
@@ -177,7 +175,9 @@ ROWS: dict[str, tuple[str, ...]] = {
         for name, method in METHODS.items()
         if not name.startswith(("itc", "vicvlm"))
     },
+    "vilt": (*METHODS["vilt"].pretrain, *FEWER),
     **{name + SMALLER: (*METHODS[name].pretrain, "pretrain.batch_size=64") for name in DEAR},
+    "vicvlm-published" + SMALLER: (*PUBLISHED, "pretrain.batch_size=64"),
     # Further levers, beside VICReg; and the text side's on a picture side that stays frozen, which
     # few minutes tell apart.
     "frozen": (*on_projections(**SPREAD), *frozen(12, 2)),

@@ -154,6 +154,14 @@ def test_the_round_trip_is_exact(fusion: str, tmp_path: Path) -> None:
     assert torch.equal(loaded.vlm.match(image, text), model.match(image, text))
 
 
+def test_what_was_trained_on_before_comes_with_it(saved: Path, tmp_path: Path) -> None:
+    assert load_model(saved, device="cpu").info.origins == [DATA]  # as earlier versions write it
+    before = [{**DATA, "split_hash": "cd34"}, {"source": "folder"}]
+    data = json.dumps({**DATA, "before": before})
+    path = rewrite(saved, tmp_path / "later.safetensors", data=data)
+    assert load_model(path, device="cpu").info.origins == [DATA, *before]
+
+
 def test_a_run_folder_stands_for_its_checkpoint(saved: Path) -> None:
     assert load_model(saved.parent, device="cpu").info.path == saved.resolve()
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 from PIL import Image
+from tiny_training import WEIGHTS
 from typer.testing import CliRunner
 
 from vicvlm_cli import __version__, cli, remembered
@@ -27,6 +28,8 @@ SMALL = [
     "pretrain.validate_every=0",
     "finetune.validate_every=0",
     "data.workers=0",
+    *(f"pretrain.losses.{name}.weight={weight}" for name, weight in WEIGHTS.items()),
+    "finetune.losses.itm.weight=1",
 ]
 
 

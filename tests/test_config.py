@@ -63,6 +63,7 @@ def test_all_mistakes_are_named_together() -> None:
         ("pretrain.batch_size=0", "pretrain.batch_size is 0, and must be above 0"),
         ("finetune.lr=-1", "finetune.lr is -1, and must be above 0"),
         ("pretrain.contrastive_batch=-8", "contrastive_batch is -8, and must not be below 0"),
+        ("model.image_layers=-1", "model.image_layers is -1, and must not be below 0"),
         ("data.word_dropout=20", "data.word_dropout is 20, and must be below 1"),
         ("pretrain.seed=-1", "pretrain.seed is -1, and must not be below 0"),
         ("pretrain.losses.itc={weight=-1}", "itc.weight is -1, and must not be below 0"),

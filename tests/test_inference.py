@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from vicvlm_cli.inference import (
     encode_text_batches,
     inferring,
 )
+from vicvlm_cli.model.query_bank import QueryBank
+from vicvlm_cli.model.vlm import RerankWeights
 
 TEXTS = ["a red square", "blue", "two green circles above a small white triangle", "a red square"]
 
@@ -156,6 +159,15 @@ def test_without_a_matching_head_a_pair_scores_its_similarity(tiny_checkpoint):
     cosine = (model.encode_images(images) * model.encode_texts(TEXTS)).sum(1)
     scores = model.score_pairs(images, TEXTS)
     assert torch.allclose(scores, model.logit_scale * cosine, atol=1e-4)
+
+
+def test_a_picture_of_the_bank_is_told_in_other_views_too(tiny_model):
+    images, dim = torch.eye(2, tiny_model.dim), tiny_model.dim
+    bank = QueryBank(torch.eye(4, dim), images, torch.arange(4) % 2, RerankWeights.of(1.0))
+    seen = torch.nn.functional.normalize(images + 0.1 * torch.eye(2, dim).roll(5, 1), dim=1)
+    off = replace(tiny_model, bank=bank).off_images(seen)
+    assert torch.allclose(off, bank.off_images(images), atol=0.02)
+    assert (bank.off_images(seen) - off > 0.5).all()  # for evaluation they are others
 
 
 def test_mistakes_get_a_sentence(tiny_model, tmp_path):

@@ -35,8 +35,9 @@ class CheckpointInfo:
     """What a checkpoint says of itself.
 
     ``config`` is the whole run's configuration with the resolved model; ``data`` names the split
-    trained on (``source``, ``split_name``, ``split_hash``); ``rerank_weights`` are those of
-    the matching log-odds beside the similarity, chosen on validation; ``sha256`` is the file's.
+    trained on (``source``, ``split_name``, ``split_hash``; ``before``: those of the trainings that
+    it came from); ``rerank_weights`` are those of the matching log-odds beside the similarity,
+    chosen on validation; ``sha256`` is the file's.
     """
 
     format_version: int
@@ -46,6 +47,12 @@ class CheckpointInfo:
     rerank_weights: RerankWeights
     sha256: str
     path: Path
+
+    @property
+    def origins(self) -> list[dict[str, Any]]:
+        """What was trained on: last, and before that."""
+        own = {key: value for key, value in self.data.items() if key != "before"}
+        return [own, *self.data.get("before", [])]
 
 
 def save_model(

@@ -178,7 +178,8 @@ def load_config(
     Where the pretraining objective asked for is not the preset's own (or there is no preset),
     ``recipe_of`` gives that method's table. Encoders, data and schedule remain the preset's; its
     losses and options, which are of its own method, go. Where both are fine-tuned by one objective,
-    its losses there count as much and as often as in the preset. A method that is fine-tuned with
+    its losses there count as much and as often as in the preset; one that the preset has off, as
+    its own method does without it, is on. A method that is fine-tuned with
     itself has the options of pretraining there too, where it has none of its own.
     """
     table: dict[str, Any] = dict(base or {})
@@ -196,7 +197,7 @@ def load_config(
             method = _objective(recipe, kind)
             if method and method == _objective(table, kind) == (_objective(over, kind) or method):
                 losses = preset_stage.get("losses", {})
-                stage["losses"] = {k: v for k, v in losses.items() if k in own["losses"]}
+                stage["losses"] = {k: _on(v) for k, v in losses.items() if k in own["losses"]}
             table = {**table, kind: stage}
         table = merge(table, recipe)
     table = merge(table, over)
@@ -211,6 +212,11 @@ def load_config(
 
 METHOD_SETTINGS = ("objective", "losses", "options")
 BESIDE_OPTIONS = ("expander",)  # of losses beside the method's own, which fine-tuning may not have
+
+
+def _on(loss: Mapping[str, Any]) -> dict[str, Any]:
+    """The table of a loss, without its weight if that is 0."""
+    return {k: v for k, v in loss.items() if k != "weight" or v}
 
 
 def _objective(table: Mapping[str, Any], kind: str = "pretrain") -> Any:

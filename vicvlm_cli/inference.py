@@ -191,15 +191,18 @@ class LoadedModel:
         images: Iterable[ImageSource],
         batch_size: int = IMAGE_BATCH,
         progress: Progress | None = None,
+        *,
+        views: int | None = None,
     ) -> Tensor:
         """Features [n, P] of pictures given as paths, encoded bytes or PIL images.
 
+        Each is the mean over so many `views`, as `gallery.views`; None is the model's own number.
         Raises UserError naming the first picture that cannot be read.
         """
         images = list(images)
         rows = [torch.empty(0, self.dim)]
         with (progress or Progress(quiet=True)).bar("pictures", len(images), "images") as bar:
-            for batch in self._image_batches(images, batch_size):
+            for batch in self._image_batches(images, batch_size, views):
                 rows.append(batch.encoded.features.cpu())
                 bar.advance(len(batch.rows))
         return torch.cat(rows)
@@ -227,10 +230,13 @@ class LoadedModel:
         return features
 
     def off_images(self, features: Tensor) -> Tensor:
-        """What the query bank takes off the cosines of pictures with features [n, P]: [n]."""
+        """What the query bank takes off the cosines of pictures with features [n, P]: [n].
+
+        Those that are in the bank are told though they come from other files, or in other views.
+        """
         if self.bank is None:
             return torch.zeros(len(features))
-        return self.bank.off_images(features)
+        return self.bank.off_images(features, anew=True)
 
     def score_pairs(
         self, images: Iterable[ImageSource], texts: Iterable[str], batch_size: int = IMAGE_BATCH

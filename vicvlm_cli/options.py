@@ -30,7 +30,7 @@ Source = Annotated[str, _argument("scenes (built in), flickr30k, flickr8k, coco 
 RawFolder = Annotated[Path, _argument("Where the raw files are, or DIR/SOURCE.", metavar="DIR")]
 PreparedFolder = Annotated[Path | None, _option("Where to write. [default: DIR/SOURCE]")]
 ImageSide = Annotated[int, _option("Short side of the stored pictures, in pixels.", min=1)]
-MaxBad = Annotated[float, _option("Share of bad items to put up with.", min=0, max=1)]
+MaxBad = Annotated[float, _option("Share of pictures that may be left out.", min=0, max=1)]
 Workers = Annotated[int | None, _option("Threads. [default: one a core]", min=1)]
 DataSeed = Annotated[int, _option("Seed of scenes, and of a split that has to be made.")]
 SplitScheme = Annotated[str | None, _option("A known split other than the source's default.")]
@@ -50,9 +50,10 @@ Variant = Annotated[
     Literal["paper", "seed"] | None,
     _option("mamo: as published, or VicVLM's first baseline. [default: paper]", "--variant"),
 ]
-Teacher = Annotated[str | None, _option("s_smke: any timm model, to learn from.")]
+Teacher = Annotated[str | None, _option("s_smke: any timm model by name or folder, to learn from.")]
 TeacherWeights = Annotated[
-    str | None, _option("s_smke: the teacher's, a local file or 'hub'. [default: hub]")
+    str | None,
+    _option("s_smke: the teacher's, a local file or 'hub'. [default: the folder's, or hub]"),
 ]
 Objective = Annotated[str | None, _option("The method. [default: vicvlm]")]
 Preset = Annotated[str | None, _option("Named settings. [default: by the data set]")]

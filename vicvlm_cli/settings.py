@@ -25,6 +25,7 @@ class ModelConfig:
     eval_image_scale: float = 1.0  # side of pictures that are embedded, in that of training
     eval_views: int = 1  # of each picture that is embedded, their mean: see transforms.other_views
     image_options: dict[str, Any] = field(default_factory=dict)
+    image_layers: int = 0  # how many first blocks are kept; 0, or more than there are: all
     image_pool: str = "mean"  # or "max", which finds small things sooner; the class token is added
     image_positions: str = "learned"  # or "sincos": fixed-scale start, for short runs from scratch
     image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
@@ -50,7 +51,9 @@ class DataConfig:
     captions: str = "all"  # "all": every pair once an epoch; "one": every image once, one caption
     more_captions: int = 0  # further captions of each picture that ITC contrasts in the same step
     crop_scale: float = 0.5  # smallest area of a random crop, as a share of the picture
-    flip: bool = True  # only where the caption names no side
+    # Mirroring, where the caption names no side in English, German, French, Spanish, Italian,
+    # Portuguese or Dutch; false is for captions in other languages.
+    flip: bool = True
     color_jitter: float = 0.0  # off: captions name colours
     word_dropout: float = 0.0  # share of the captions' words that are hidden from training
     workers: int = -1  # loader processes; -1: one a spare core
@@ -96,7 +99,9 @@ class TrainConfig:
     contrastive_batch: int = 0  # pairs a process that ITC is over, a multiple of batch_size; 0: one
     lr: float = 2.5e-4
     image_lr: float = 0.0  # 0: the same as lr
-    frozen_blocks: int = 0  # lowest blocks of the image encoder that keep their weights
+    # Lowest blocks of the image encoder that keep their weights; where image_layers cuts it, at
+    # most those that are left.
+    frozen_blocks: int = 0
     # After so many epochs, or a quarter of the run, they train as well; 0: never.
     frozen_epochs: float = 0.0
     # Views of each picture that go through the frozen blocks beforehand, every second one mirrored;
@@ -191,6 +196,6 @@ NOT_NEGATIVE = (
     *("weight", "start", "ramp", "seed", "max_minutes", "image_lr", "weight_decay", "warmup"),
     *("validate_every", "validation_images", "rerank_top_k", "color_jitter", "text_dropout"),
     *("warmup_steps", "more_captions", "word_dropout"),
-    *("frozen_blocks", "frozen_epochs", "cached_views", "contrastive_batch"),
+    *("frozen_blocks", "frozen_epochs", "cached_views", "contrastive_batch", "image_layers"),
 )
 BELOW_ONE = ("text_dropout", "word_dropout")

@@ -56,7 +56,20 @@ def test_what_only_lost_a_caption_is_not_done(tmp_path: Path) -> None:
     add(second, range(5))
     manifest = second.finish(**FACTS)
     assert manifest.images == {"train": 5}
-    assert manifest.rejected == {"empty caption": 1}
+    assert (manifest.rejected, second.lost) == ({}, {})
+    assert "empty caption" in (tmp_path / "rejected.jsonl").read_text(encoding="utf-8")
+
+
+def test_a_picture_that_is_left_out_counts_once(tmp_path: Path) -> None:
+    first = ShardWriter(tmp_path, KEY)
+    first.reject(Rejected("bad", "train", "truncated"))
+    add(first, range(3))
+    second = ShardWriter(tmp_path, KEY)
+    second.reject(Rejected("bad", "train", "empty caption"), settled=False)
+    for split in ("train", "val"):
+        second.reject(Rejected("../x", split, "outside the folder"), settled=False)
+    assert second.lost == {"bad": "truncated", "../x": "outside the folder"}
+    assert second.finish(**FACTS).rejected == {"truncated": 1, "outside the folder": 1}
 
 
 def test_names_that_are_not_utf8_are_listed_as_escapes_and_found_again(tmp_path: Path) -> None:

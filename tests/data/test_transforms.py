@@ -67,7 +67,29 @@ def test_captions_that_name_a_side(caption: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "caption", ["a bright light", "leftover pizza", "an upright piano", "two dogs", ""]
+    "caption",
+    [
+        *("ein Hund links neben einer Katze", "Rechts ein Baum", "der linken Hand"),
+        *("am rechten Rand", "linker Fuß"),
+        *("een hond links van een kat", "rechtsboven een boom", "in de linkerhand"),
+        *("un chien à gauche d'un chat", "le bras droit", "la main droite", "les deux de gauche"),
+        *("un perro a la izquierda", "el brazo derecho", "con la mano derecha"),
+        *("un cane a sinistra", "nell'angolo destro", "sulla destra", "le due sedie sinistre"),
+        *("um cão à esquerda", "o braço direito", "à DIREITA do barco", "os bancos esquerdos"),
+    ],
+)
+def test_captions_that_name_a_side_in_other_languages(caption: str) -> None:
+    assert not names_no_side(caption)
+
+
+@pytest.mark.parametrize(
+    "caption",
+    [
+        *("a bright light", "leftover pizza", "an upright piano", "two dogs", ""),
+        *("linked arms", "a sinister face", "an adroit rider", "a golf course", "he destroys it"),
+        *("ein Rechteck auf Gras", "eine rechteckige Kiste", "ein Hund am Strand"),
+        *("un chien sur la plage", "un perro en la playa", "una maestra", "um cão na praia"),
+    ],
 )
 def test_captions_that_name_none(caption: str) -> None:
     assert names_no_side(caption)

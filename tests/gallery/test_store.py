@@ -4,6 +4,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -78,6 +79,29 @@ def test_saving_replaces_a_gallery_and_nothing_else(tmp_path):
         with pytest.raises(UserError, match="not a gallery"):
             make().save(tmp_path / name)
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
+
+
+def test_what_else_lies_in_its_folder_is_named_and_stays(tmp_path):
+    path = tmp_path / "gallery"
+    make(n=4).save(path)
+    (path / ".DS_Store").touch()
+    make(n=3).save(path)
+    (path / "dogs.png").write_text("precious")
+    with pytest.raises(UserError, match=r"gallery holds dogs\.png, which is not .* move it away"):
+        make(n=2).save(path)
+    assert (path / "dogs.png").read_text() == "precious" and len(Gallery.open(path)) == 3
+
+
+def test_a_gallery_is_opened_for_the_model_that_made_it(tmp_path):
+    make().save(tmp_path)
+    own, other = (
+        SimpleNamespace(info=SimpleNamespace(sha256=sha256, path=Path("moved.safetensors")))
+        for sha256 in ("ab" * 32, "cd" * 32)
+    )
+    assert len(Gallery.open(tmp_path, model=own)) == 4
+    words = r"by another model \(abab.* at runs/model\.safet.*\) than moved\.safet.* \(cdcdcdcd\)"
+    with pytest.raises(UserError, match=words):
+        Gallery.open(tmp_path, model=other)
 
 
 def test_a_failed_save_leaves_the_old_gallery(tmp_path, monkeypatch):

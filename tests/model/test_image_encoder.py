@@ -29,6 +29,13 @@ VARIANTS = [
 ]
 
 
+def normed(own: Any) -> Any:
+    """timm's model with its final norm before the pooling, wherever it had it."""
+    if isinstance(own.norm, nn.Identity):
+        own.norm, own.fc_norm = own.fc_norm, own.norm
+    return own
+
+
 def encoder_and_timm(name: str, options: dict[str, Any]) -> tuple[ImageEncoder, Any]:
     """The encoder and a model made by timm with the same random weights."""
     torch.manual_seed(0)
@@ -37,7 +44,7 @@ def encoder_and_timm(name: str, options: dict[str, Any]) -> tuple[ImageEncoder, 
     with torch.no_grad():
         for parameter in own.parameters():
             parameter.normal_(std=0.3)
-    encoder.vit.load_state_dict(own.state_dict())
+    encoder.vit.load_state_dict(normed(own).state_dict())
     return encoder, own
 
 
@@ -86,7 +93,7 @@ def test_another_size_has_its_positions_resampled_and_its_own_is_as_before(
     keep = torch.tensor([[0, 3, 9], [1, 2, 15], [4, 5, 6]])
     torch.testing.assert_close(both(image, keep), encoder(image, keep), rtol=1e-5, atol=1e-6)
 
-    large = timm.create_model(name, num_classes=0, img_size=48, **TINY, **options).eval()
+    large = normed(timm.create_model(name, num_classes=0, img_size=48, **TINY, **options).eval())
     state = own.state_dict()
     prefix = 0 if options.get("no_embed_class") else encoder.prefix
     state["pos_embed"] = resample_abs_pos_embed(
@@ -216,6 +223,39 @@ def test_sine_cosine_positions_follow_their_formula() -> None:
     assert len({tuple(row.tolist()) for row in table}) == 15
 
 
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
+def test_a_cut_encoder_is_the_first_blocks_and_the_norm(
+    name: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    options = {**TINY, "depth": 3, **options}
+    own: Any = timm.create_model(name, num_classes=5, img_size=32, **options).eval()
+    with torch.no_grad():
+        for parameter in own.parameters():
+            parameter.normal_(std=0.3)
+    file = tmp_path / "weights.safetensors"
+    save_file(own.state_dict(), file)
+    image = torch.randn(3, 3, 32, 32)
+    x = own.norm_pre(own._pos_embed(own.patch_embed(image)))
+    expected = normed(own).norm(own.blocks[1](own.blocks[0](x)))
+    cut = ImageEncoder(name, 32, options, "learned", str(file), layers=2).eval()
+    torch.testing.assert_close(cut(image), expected, rtol=1e-4, atol=1e-5)
+    assert len(cut.vit.blocks) == 2
+    for layers in (0, 3, 7):
+        whole = ImageEncoder(name, 32, options, "learned", str(file), layers=layers).eval()
+        torch.testing.assert_close(whole(image), own.forward_features(image), rtol=1e-4, atol=1e-5)
+
+
+def test_weights_of_a_cut_encoder_are_still_of_the_whole(tmp_path: Path) -> None:
+    file = tmp_path / "weights.safetensors"
+    state = pretrained(file, 0, False)  # of two blocks
+    encoder = ImageEncoder(NAME, 32, TINY, "learned", str(file), layers=1)
+    own = encoder.vit.state_dict()
+    assert set(own) == {k for k in state if not k.startswith("blocks.1.")}
+    assert all(torch.equal(value, state[key]) for key, value in own.items())
+    with pytest.raises(UserError, match="12 are missing, the first is blocks.2.norm1.weight"):
+        ImageEncoder(NAME, 32, {**TINY, "depth": 3}, "learned", str(file), layers=1)
+
+
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
@@ -260,8 +300,29 @@ def test_a_model_folder_names_architecture_weights_and_statistics(tmp_path: Path
     other = tmp_path / "other.pth"
     other.touch()
     assert resolve_image_encoder(str(tmp_path), str(other)) == (NAME, str(other), statistics)
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="no config.json that names a timm 'architecture'"):
+    for content in ("{}", "[]", "words"):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(UserError, match="no config.json that names a timm 'architecture'"):
+            resolve_image_encoder(str(tmp_path), "")
+
+
+@pytest.mark.parametrize(
+    ("card", "words"),
+    [
+        ({"architecture": "vit_tinny"}, "names the architecture 'vit_tinny', of which timm has no"),
+        ({"architecture": None}, "names the architecture None, of which timm has no model"),
+        ({"mean": 0.5}, "says that mean is 0.5, not three numbers"),
+        ({"std": [0.5, 0.5]}, r"says that std is \[0.5, 0.5\], not three numbers above 0"),
+        ({"std": [0.5, 0, 0.5]}, r"says that std is \[0.5, 0, 0.5\], not three numbers above 0"),
+        ({"pretrained_cfg": {"input_size": [3, 9.5, 9]}}, "says that input_size .* three whole"),
+    ],
+)
+def test_a_card_that_cannot_be_meant_is_named(
+    card: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    (tmp_path / "model.safetensors").touch()
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": NAME, **card}))
+    with pytest.raises(UserError, match=f"{tmp_path / 'config.json'} {words}"):
         resolve_image_encoder(str(tmp_path), "")
 
 
@@ -295,6 +356,21 @@ def test_frozen_blocks_keep_their_weights_and_change_no_other_gradient() -> None
     encoder.freeze(0)
     assert all(p.requires_grad for p in encoder.parameters())
     assert encoder.frozen_parameters() == []
+    with pytest.raises(UserError, match="frozen_blocks=4 is more than the image encoder's 3"):
+        encoder.freeze(4)
+
+
+def test_of_a_cut_encoder_as_many_blocks_are_frozen_as_are_left() -> None:
+    encoder = ImageEncoder(NAME, 32, {**TINY, "depth": 3}, "learned", layers=2)
+    for asked, frozen in ((0, 0), (1, 1), (2, 2), (3, 2)):
+        encoder.freeze(asked)
+        assert encoder.frozen == frozen
+        kept = {
+            n.split(".")[1]
+            for n, p in encoder.vit.named_parameters()
+            if "blocks" in n and not p.requires_grad
+        }
+        assert kept == {str(i) for i in range(frozen)}
     with pytest.raises(UserError, match="frozen_blocks=4 is more than the image encoder's 3"):
         encoder.freeze(4)
 

@@ -8,12 +8,16 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import make_batch, make_model
+from gradients import assert_same
+from tiny import make_batch, make_model, make_tokenizer
 from torch import Tensor
 
 from vicvlm_cli.errors import UsageError
 from vicvlm_cli.model import late_interaction
 from vicvlm_cli.model.late_interaction import StackedAttention
+from vicvlm_cli.objectives import create_objective
+from vicvlm_cli.objectives.ranks import Noise
+from vicvlm_cli.settings import LossConfig, TrainConfig
 
 WAYS = list(itertools.product(("t2i", "i2t"), ("lse", "mean")))
 
@@ -119,6 +123,44 @@ def test_the_model_scores_pairs_as_it_scores_all() -> None:
     torch.testing.assert_close(text.features.norm(dim=1), torch.ones(6))
     torch.testing.assert_close(model.match(image, text), model.match_all(image, text).diagonal())
     assert model.pair_score is not None and model.pair_score.weights(14.0, 0.3) == (0.0, 1.0)
+
+
+def slow_hinge(scores: Tensor, ids: list[int], hardest: bool) -> Tensor:
+    """Pair by pair, both ways, a margin of 0.2: the hardest of each row, or the mean of all."""
+    total = torch.zeros(())
+    for way in (scores, scores.T):
+        costs = [
+            [0.2 + way[i, j] - way[i, i] for j in range(len(ids)) if ids[j] != ids[i]]
+            for i in range(len(ids))
+        ]
+        if hardest:
+            total = total + sum((max(0.0 * c[0], *c) for c in costs), total * 0) / len(ids)
+        else:
+            within = [x for c in costs for x in c if float(x) > 0]
+            total = total + torch.stack(within).mean()
+    return total
+
+
+@pytest.mark.parametrize(("direction", "pool"), WAYS)
+@pytest.mark.parametrize("mean_steps", [0, 5])
+def test_scan_is_the_hinge_of_the_slow_scores(direction: str, pool: str, mean_steps: int) -> None:
+    options = {"direction": direction, "pool": pool}
+    model = make_model(fusion="stacked_attention", fusion_options=options)
+    config = TrainConfig(
+        objective="scan", losses={"hinge": LossConfig()}, options={"mean_steps": mean_steps}
+    )
+    objective = create_objective(model, make_tokenizer(), config).train()
+    batch, ids = make_batch(4), [4, 7, 4, 9]  # two pairs of one picture: no negatives
+    batch.image_id = torch.tensor(ids)
+    patches = model.image_projection(model.image_encoder(model.normalize(batch.image))[:, 1:])
+    words = model.text_projection(model.text_encoder(batch.input_ids, batch.attention_mask))
+    patches, words = F.normalize(patches, dim=-1), F.normalize(words, dim=-1)
+    pairs = list(zip(words, batch.attention_mask, strict=True))
+    rows = [torch.stack([slow(i, t[m], direction, pool) for t, m in pairs]) for i in patches]
+    expected = slow_hinge(torch.stack(rows), ids, hardest=mean_steps == 0)
+    values, trivial = objective(batch, Noise(0, 0, torch.device("cpu")), {"hinge"})
+    assert_same(values["hinge"], expected, objective)
+    assert float(trivial["hinge"]) == pytest.approx(0.4)
 
 
 @pytest.mark.parametrize(

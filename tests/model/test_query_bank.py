@@ -78,6 +78,30 @@ def test_what_is_merely_alike_is_measured():
         assert off(alike).tolist() == pytest.approx(expected, abs=1e-6)
 
 
+def test_a_picture_that_is_encoded_anew_is_told_by_how_much_nearer_it_is():
+    images, texts = torch.eye(6)[:4], unit(8, 1)
+    bank = QueryBank(texts, images, torch.arange(8) // 2, RerankWeights.of(1.0))
+    rows = torch.tensor(
+        [
+            [1.0, 0.2, 0.0, 0.0, 0.0, 0.0],  # 0.02 from the first picture, 0.80 from the next
+            [1.0, 0.9, 0.0, 0.0, 0.0, 0.0],  # between two
+            [0.5, 0.4, 0.0, 0.0, 0.9, 0.0],  # far from all
+            [0.0, 0.0, 0.0, 1.0, 0.0, 0.0],  # the fourth itself
+        ]
+    )
+    rows = F.normalize(rows, dim=1)
+    strict = slow_hubness(rows, texts, [(), (), (), (6, 7)])
+    assert bank.off_images(rows).tolist() == pytest.approx(strict, abs=1e-6)
+    expected = slow_hubness(rows, texts, [(0, 1), (), (), (6, 7)])
+    assert bank.off_images(rows, anew=True).tolist() == pytest.approx(expected, abs=1e-6)
+    # Of two copies in the bank neither is nearer, and both are the picture itself.
+    twice = QueryBank(texts[:4], images[[0, 0]], torch.arange(4) // 2, RerankWeights.of(1.0))
+    assert twice.off_images(images[:1], anew=True).item() == 0
+    one = QueryBank(texts[:2], images[:1], torch.zeros(2).long(), RerankWeights.of(1.0))
+    expected = slow_hubness(rows, texts[:2], [()] * 4)
+    assert one.off_images(rows, anew=True).tolist() == pytest.approx(expected, abs=1e-6)
+
+
 def test_a_hub_gives_way_to_the_right_answer():
     # The first picture is near every caption, the second is what the first caption speaks of.
     images = F.normalize(torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 0.2]]), dim=1)

@@ -75,6 +75,16 @@ def test_it_equals_transformers_own_bert(attention: str) -> None:
         torch.testing.assert_close(encoder(ids, mask)[row, :length], alone, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("max_tokens", "positions"), [(40, 512), (512, 512), (768, 768)])
+def test_captions_above_berts_length_have_positions(max_tokens: int, positions: int) -> None:
+    sizes: Any = {"vocab_size": 50, "width": 32, "heads": 2, "layers": 1, "dropout": 0.0}
+    config = bert_config(**sizes, max_tokens=max_tokens)
+    assert config.max_position_embeddings == positions
+    ids = torch.ones(1, max_tokens, dtype=torch.long)
+    assert TextEncoder(config)(ids, ids.bool()).shape == (1, max_tokens, 32)
+    assert bert_config(**sizes).max_position_embeddings == 512  # that of earlier checkpoints
+
+
 @pytest.mark.parametrize("whole_model", [False, True], ids=["encoder", "masked-lm"])
 @pytest.mark.parametrize(("first", "last"), [(2, 2), (3, 1), (1, 4)])
 def test_the_cut_keeps_the_first_and_the_last_layers(

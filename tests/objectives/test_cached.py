@@ -31,7 +31,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("vicvlm", {"target": "byol", "predictor_width": 32}),
     ("mamo", {}),
     ("maskvlm", {"decoder_depth": 1}),
-    ("albef", {"queue_size": 9, "alpha_steps": 0}),
+    ("albef", {"queue_size": 9, "queue_steps": 0, "alpha_steps": 0}),
     ("s_smke", {"teacher": "test_vit", "teacher_weights": teacher_weights(), "bank_size": 8}),
     ("vilt", {}),
     ("vilt_ranking", {"negatives": 1}),
@@ -219,7 +219,7 @@ def test_the_trivial_value_is_that_of_all_pairs() -> None:
 
 
 def test_the_queues_get_each_row_once_in_order() -> None:
-    objective = make("albef", {"queue_size": 40})
+    objective = make("albef", {"queue_size": 40, "queue_steps": 0})
     batch = large_batch()
     by_cache(objective, parts(batch), {"itm", "mlm"})
     assert int(objective.image_queue.pushed) == 5  # not before the step is over

@@ -32,8 +32,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("mamo", {"variant": "paper"}),
     ("mamo", {"variant": "seed"}),
     ("maskvlm", {"decoder_depth": 1}),
-    ("albef", {"queue_size": 7, "ema_decay": 0.9}),
-    ("albef", {"queue_size": 7, "ema_decay": 0.9, "alpha_steps": 0}),
+    ("albef", {"queue_size": 7, "queue_steps": 0, "ema_decay": 0.9}),
+    ("albef", {"queue_size": 7, "queue_steps": 0, "ema_decay": 0.9, "alpha_steps": 0}),
     ("s_smke", {"teacher": "test_vit", "teacher_weights": teacher_weights(), "bank_size": 8}),
     ("scan", {"mean_steps": 0}),
     ("scan", {"mean_steps": 1000}),
@@ -41,6 +41,10 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("vilt_ranking", {"negatives": 2}),
     ("retrieval", {}),
 ]
+# A loss that is learned ends at half of its trivial value or below. VICReg's terms hold each other
+# back, since rows at one point have no covariance: all three must be low at once. Four rows differ
+# in three directions: at unit variance (D / 3 - 1) / (D - 1) of the covariance of copies is left.
+LEARNED = {"variance": 0.3, "covariance": 0.35, "invariance": 0.1}
 # Of masks or of negatives that are drawn: another value with other noise.
 DRAWN = {"itm", "mlm", "mim", "joint_mim", "mrm", "wpa", "ranking", *TERMS}
 
@@ -132,13 +136,17 @@ def test_every_trainable_parameter_gets_a_gradient(
 
 @EVERY
 def test_a_tiny_batch_is_learned_by_heart(name: str, options: dict[str, Any], fusion: str) -> None:
-    objective, batch = make(name, options, fusion), make_batch(4)
+    """Every loss of it, all together, with the same masks and negatives in every step."""
+    # Four masked rows too: two differ in one direction, of which all dimensions are copies.
+    objective, batch = make(name, options, fusion), make_batch(4 * options.get("masked_stride", 1))
     parameters = [p for p in objective.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=3e-3)
-    history: list[tuple[float, float]] = []
-    # ViLT's shortlist learns from features that it cannot move.
-    for step in range(120 if name == "vilt" else 40):
-        values, _ = objective(batch, Noise(0, step, CPU), set(objective.LOSSES))
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2)
+    for _ in range(400):  # most need 10 to 70; MaskVLM, whose pixels are noise, 190
+        values, trivial = objective(batch, Noise(0, 0, CPU), set(objective.LOSSES))
+        shares = {k: float(v.detach() / trivial[k]) for k, v in values.items()}
+        left = {k: share for k, share in shares.items() if share > LEARNED.get(k, 0.5)}
+        if not left:
+            break
         # The covariance of wide features is many times the size of the others.
         total = sum(v * (0.01 if k == "covariance" else 1) for k, v in values.items())
         assert isinstance(total, torch.Tensor)
@@ -146,10 +154,7 @@ def test_a_tiny_batch_is_learned_by_heart(name: str, options: dict[str, Any], fu
         total.backward()
         optimizer.step()
         objective.after_step()
-        history.append((float(values[objective.LOSSES[0]].detach()), float(total.detach())))
-    first, last = history[0], [sum(column) / 5 for column in zip(*history[-5:], strict=True)]
-    assert last[0] < 0.3 * first[0]
-    assert last[1] < 0.75 * first[1]
+    assert not left
 
 
 @EVERY
@@ -222,9 +227,13 @@ def test_the_recipe_names_losses_that_there_are(
     # All else is the preset's: another word, the same encoders, data and schedule.
     plain = load_config("vicvlm-tiny")
     assert config.data == plain.data
-    assert config.model == replace(plain.model, fusion=config.model.fusion)
+    layers = 6 if name == "s_smke" else 0
+    assert config.model == replace(plain.model, fusion=config.model.fusion, image_layers=layers)
     assert replace(config.pretrain, objective="", losses={}, options={}) == replace(
         plain.pretrain, objective="", losses={}, options={}
     )
     if tuned.objective == plain.finetune.objective:  # as often and as much
-        assert tuned.losses == plain.finetune.losses
+        itm = plain.finetune.losses["itm"]
+        assert itm.weight == 0 and itm.every > 1  # VicVLM does without it, the others do not
+        other = {} if name == "vicvlm" else {"itm": replace(itm, weight=1.0)}
+        assert tuned.losses == {**plain.finetune.losses, **other}

@@ -6,15 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from test_objectives import make
-from tiny import make_batch, make_model, make_tokenizer
+from tiny import make_model, make_tokenizer
 
 from vicvlm_cli.config import load_config
 from vicvlm_cli.errors import UsageError
 from vicvlm_cli.model.create import create_model
 from vicvlm_cli.objectives import OBJECTIVES, create_objective, recipe_of
-from vicvlm_cli.objectives.ranks import Noise
 from vicvlm_cli.objectives.vicvlm import VicVLM
 from vicvlm_cli.settings import LossConfig, TrainConfig
 from vicvlm_cli.workflows.views import check_views
@@ -103,14 +101,6 @@ def test_a_model_of_another_kind_is_refused() -> None:
         words = f"{name} cannot train a model of model.fusion={fusion}"
         with pytest.raises(UsageError, match=words):
             make(name, {}, fusion)
-
-
-def test_vicreg_is_of_one_vector_a_picture() -> None:
-    weights = {"hinge": LossConfig(), "variance": LossConfig()}
-    config = TrainConfig(objective="scan", losses=weights)
-    objective = create_objective(make_model(fusion="stacked_attention"), make_tokenizer(), config)
-    with pytest.raises(UsageError, match="this model projects each patch and word: leave variance"):
-        objective(make_batch(), Noise(0, 0, torch.device("cpu")), set(weights))
 
 
 def test_the_options_arrive() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,15 @@ import pytest
 import timm
 import torch
 from gradients import assert_same
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny import make_batch, make_model, make_tokenizer, pad, teacher_weights
 from torch import Tensor
 
+from vicvlm_cli.checkpoint import load_model, save_model
 from vicvlm_cli.data.batches import Batch
 from vicvlm_cli.errors import UsageError, UserError
+from vicvlm_cli.model.vlm import RerankWeights
 from vicvlm_cli.objectives import create_objective, losses
 from vicvlm_cli.objectives.ranks import Noise
 from vicvlm_cli.objectives.s_smke import Teacher
@@ -82,6 +87,81 @@ def test_a_teacher_may_give_another_width_than_timm_says(tmp_path: Path) -> None
     teacher = Teacher("mobilenetv3_small_050", str(tmp_path / "m.safetensors"))
     assert teacher.width != network.num_features
     assert teacher(torch.rand(2, 3, 32, 32) * 255).shape == (2, teacher.width)
+
+
+def teacher_folder(folder: Path, weights: str, **card: Any) -> str:
+    """A model as it would lie on a disk."""
+    folder.mkdir()
+    shutil.copy(weights, folder / "model.safetensors")
+    text = json.dumps({"architecture": "test_vit", "pretrained_cfg": card})
+    (folder / "config.json").write_text(text, "utf-8")
+    return str(folder)
+
+
+def test_a_teacher_by_folder_is_that_by_name_and_file(weights: str, tmp_path: Path) -> None:
+    image = torch.randint(256, (2, 3, 160, 160), dtype=torch.uint8)
+    named = Teacher("test_vit", weights)
+    plain = teacher_folder(tmp_path / "plain", weights)
+    assert torch.equal(Teacher(plain)(image), named(image))
+    assert torch.equal(make("", teacher=plain).teacher(image), named(image))
+    other = tmp_path / "other.safetensors"  # that is named is taken instead of the folder's own
+    torch.manual_seed(4)
+    save_file(timm.create_model("test_vit").state_dict(), other)
+    expected = Teacher("test_vit", str(other))(image)
+    assert not torch.allclose(expected, named(image))
+    assert torch.equal(Teacher(plain, str(other))(image), expected)
+
+
+def test_the_card_of_a_teachers_folder_says_what_it_sees(weights: str, tmp_path: Path) -> None:
+    card = {"mean": [0.1, 0.2, 0.3], "std": [1, 0.5, 0.25], "input_size": [3, 96, 128]}
+    teacher = Teacher(teacher_folder(tmp_path / "a", weights, **card))
+    assert teacher.size == (96, 128)
+    torch.testing.assert_close(teacher.mean.flatten(), 255 * torch.tensor(card["mean"]))
+    torch.testing.assert_close(teacher.std.flatten(), 255 * torch.tensor(card["std"]))
+    network = timm.create_model("test_vit", num_classes=0, img_size=(96, 128))
+    state = timm.models.vision_transformer.checkpoint_filter_fn(
+        timm.models.load_state_dict(weights), network
+    )
+    network.load_state_dict({k: v for k, v in state.items() if "head" not in k})
+    image = torch.randint(256, (2, 3, 96, 128), dtype=torch.uint8)
+    expected = network.eval()((image - teacher.mean) / teacher.std)
+    expected = expected / expected.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(teacher(image), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_folder_that_cannot_teach_is_refused(weights: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"{tmp_path} has no config.json that names a timm"):
+        make("", teacher=str(tmp_path))
+    folder = teacher_folder(tmp_path / "a", weights, input_size=[3, 8, 8])
+    with pytest.raises(UserError, match="weights of the teacher 'test_vit' could not be loaded"):
+        make("", teacher=folder)
+    (tmp_path / "a" / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=f"{folder} holds no .safetensors or .pth weights"):
+        make("", teacher=folder)
+    words = "timm has no model '.*/none' to teach, and there is no such folder: try "
+    with pytest.raises(UsageError, match=words):
+        make("", teacher=str(tmp_path / "none"))
+
+
+def test_a_checkpoint_rebuilds_the_cut_encoder_and_older_ones_the_whole(tmp_path: Path) -> None:
+    size = {"patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2}
+    image = make_batch().image
+    path = tmp_path / "model.safetensors"
+    for layers, blocks in ((2, 2), (0, 3)):
+        model = make_model(fusion="shared", image_options=size, image_layers=layers)
+        facts = {"config": {}, "data": {}, "objective": "s_smke"}
+        save_model(path, model, make_tokenizer(), **facts, rerank_weights=RerankWeights())
+        loaded = load_model(path, device="cpu").vlm
+        assert loaded.config == model.config and loaded.config.image_layers == layers
+        assert len(loaded.image_encoder.vit.blocks) == blocks
+        assert torch.equal(loaded.encode_image(image).features, model.encode_image(image).features)
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata()
+    config = json.loads(header["config"])
+    del config["model"]["image_layers"]  # as before there was such a setting
+    save_file(load_file(path), path, metadata={**header, "config": json.dumps(config)})
+    older = load_model(path, device="cpu").vlm
+    assert torch.equal(older.encode_image(image).features, model.encode_image(image).features)
 
 
 def words_of(batch: Batch) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from gradients import assert_same
 from tiny import make_batch, make_model, make_tokenizer, teacher_weights
 
 from vicvlm_cli.errors import UsageError
@@ -18,6 +19,7 @@ from vicvlm_cli.workflows.loop import parameter_groups
 
 TEACHER = {"teacher": "test_vit", "teacher_weights": teacher_weights()}
 NOISE = Noise(0, 0, torch.device("cpu"))
+REFUSED = ("vilt", "vilt_ranking")
 
 
 def make(name: str = "clip", **options: Any) -> Any:
@@ -31,8 +33,8 @@ def make(name: str = "clip", **options: Any) -> Any:
     return create_objective(make_model(fusion=fusion), make_tokenizer(), config)
 
 
-# VicVLM has the terms itself; SCAN has no one vector a picture, and refuses them.
-@pytest.mark.parametrize("name", [n for n in OBJECTIVES if n not in ("vicvlm", "scan")])
+# VicVLM has the terms itself; ViLT has no features of its own, and refuses them.
+@pytest.mark.parametrize("name", [n for n in OBJECTIVES if n not in ("vicvlm", *REFUSED)])
 def test_the_terms_stand_beside_every_objective(name: str) -> None:
     objective = make(name).eval()
     assert isinstance(objective, Beside) and isinstance(objective.further, ProjectedVICReg)
@@ -70,6 +72,39 @@ def test_the_terms_are_those_of_the_projections_of_the_clean_pair(
     expected = (losses.covariance(a) + losses.covariance(b)) / 2
     torch.testing.assert_close(values["covariance"], expected)
     torch.testing.assert_close(values["invariance"], losses.invariance(a, b))
+
+
+def test_where_patches_and_words_are_projected_the_terms_are_those_of_their_means() -> None:
+    objective, batch = make("scan"), make_batch()
+    model = objective.model
+    patches = model.image_encoder(model.normalize(batch.image))[:, model.image_encoder.prefix :]
+    a = torch.stack([model.image_projection(x).mean(0) for x in patches])
+    words, mask = model.text_encoder(batch.input_ids, batch.attention_mask), batch.attention_mask
+    b = [model.text_projection(x[real]).mean(0) for x, real in zip(words, mask, strict=True)]
+    b = torch.stack(b)
+    values, _ = objective(batch, NOISE, {"hinge", *TERMS})
+    means = {name: getattr(losses, name) for name in ("variance", "covariance")}
+    for name, term in means.items():
+        assert_same(values[name], (term(a) + term(b)) / 2, objective)
+    assert_same(values["invariance"], losses.invariance(a, b), objective)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("beside", [TERMS, ("variance",), ("words",)])
+def test_a_single_stream_has_nothing_to_spread(name: str, beside: tuple[str, ...]) -> None:
+    def build(weight: float) -> Any:
+        weights = {**{n: LossConfig() for n in OBJECTIVES[name].LOSSES}}
+        weights |= {n: LossConfig(weight) for n in beside}
+        config = TrainConfig(objective=name, losses=weights)
+        return create_objective(make_model(fusion="single_stream"), make_tokenizer(), config)
+
+    with pytest.raises(UsageError) as caught:
+        build(0.1)
+    assert str(caught.value) == (
+        "ViLT has no features of its own to spread or to tell words from: leave "
+        f"{', '.join(beside)} out of the losses of {name}"
+    )
+    build(0.0)  # what is off is no matter
 
 
 def test_the_expander_is_trained_and_no_part_of_the_model() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from gradients import assert_same
+from test_albef import drawn
 from tiny import make_batch, make_model, make_tokenizer
 from torch import Tensor
 
@@ -144,6 +145,25 @@ def test_wpa_pulls_words_onto_their_own_patches_and_off_those_of_others(
         terms.append(distance if i == j else 2 - distance)
     assert_same(values["wpa"], torch.stack(terms).mean(), objective)
     assert float(trivial["wpa"]) == 1.0
+
+
+def test_hidden_words_are_shown_as_bert_shows_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    objective, batch = make(text_mask=0.5), some(IDS)
+    expected, hidden = drawn(objective, batch)
+    masked, as_it_is = expected == objective.mask_id, expected == batch.input_ids
+    for kind in (masked, as_it_is, ~masked & ~as_it_is):  # the last are other words
+        assert bool((kind & hidden).any())
+    shown: list[Tensor] = []
+    embed = objective.model.embed_text
+
+    def spy(input_ids: Tensor) -> Tensor:
+        shown.append(input_ids)
+        embedded: Tensor = embed(input_ids)
+        return embedded
+
+    monkeypatch.setattr(objective.model, "embed_text", spy)
+    objective(batch, Noise(0, 0, CPU), {"mlm"})
+    assert torch.equal(shown[-1], expected)
 
 
 @pytest.mark.parametrize(

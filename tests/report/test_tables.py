@@ -50,6 +50,7 @@ def report(reranked: bool = True) -> EvaluationReport:
         data_title="flickr30k test (karpathy, 1,000 images, hash 1a2b3c4d, partial: …)",
         precision="float32",
         image_size=224,
+        views=7,
         notes=["the model was trained on this very split [test]"],
     )
 
@@ -168,11 +169,13 @@ def test_a_prepared_data_sets_table():
         images={"train": 6000, "val": 1000},
         captions={"train": 30000, "val": 5000},
         split_hash={"train": "0123456789abcdef", "val": "fedcba9876543210"},
-        rejected={"truncated": 3, "empty caption": 1},
+        rejected={"truncated": 3, "no caption": 1},
+        rejected_captions={"empty caption": 2},
     )
     text = shown(tables.prepare_tables(SimpleNamespace(path=Path("out"), manifest=manifest)))
-    for words in ("30,000", "01234567", "test is missing", "3 truncated, 1 empty caption"):
+    for words in ("30,000", "01234567", "test is missing", "left out: 3 truncated, 1 no caption"):
         assert words in text
+    assert "captions left out of pictures that are kept: 2 empty caption" in text
 
 
 HIT = Hit(1, 0.31, 0.31, "photos/[a] é.jpg", "a", ["a dog [runs]", "another"], 5)

@@ -206,9 +206,10 @@ def test_the_command_that_users_type(one: Path, scenes: Path, tmp_path: Path) ->
     result: dict[str, Any] = json.loads(out)  # one document, from one process
     assert result["steps"] == 12 and result["pairs"] == 192
     assert said.count("12 steps of 16 pairs, cpu no, 2 processes") == 1
-    # None but that of frozen random blocks, said by one process.
+    # Frozen random blocks, and captions that are too long: each is said by one process.
     assert said.count("warning: blocks of an image encoder") == 1
-    assert said.count("warning:") == 1
+    assert said.count("of the captions are cut at") == 1
+    assert said.count("warning:") == 2
     for mine, other in zip(rows(tmp_path / "run"), rows(one), strict=True):
         assert mine["losses"] == pytest.approx(other["losses"], rel=2e-3)
 

@@ -126,6 +126,39 @@ def test_all_is_embedded_again_by_another_model_or_views_or_from_elsewhere(
         assert len(names) == count
 
 
+def test_a_gallery_of_another_source_is_replaced_only_where_it_is_named(
+    eight, make_checkpoint, tmp_path, reading
+):
+    names, _ = reading
+    checkpoint = make_checkpoint(seed=24)
+    out = checkpoint.parent / "gallery"
+    embed(eight, checkpoint, progress=QUIET)
+    shutil.copytree(eight / "sub", tmp_path / "small")
+    names.clear()
+    with pytest.raises(UserError) as told:
+        embed(tmp_path / "small", checkpoint, progress=QUIET)
+    assert names == [] and len(Gallery.open(out)) == 8
+    assert str(told.value) == (
+        f"the gallery {out} is of {eight.resolve()} and not of {tmp_path / 'small'}: choose "
+        f"another place with `vicvlm embed --output FOLDER`, or replace it with --output {out}"
+    )
+    (tmp_path / "link").symlink_to(eight)
+    assert embed(tmp_path / "link", checkpoint, progress=QUIET).count == 8  # the same source
+    assert embed(tmp_path / "small", checkpoint, output=out, progress=QUIET).count == 4
+
+
+def test_what_else_lies_in_the_gallerys_folder_is_told_before_a_picture_is_read(
+    eight, tiny_checkpoint, tmp_path, reading
+):
+    embed(eight, tiny_checkpoint, output=tmp_path / "g", progress=QUIET)
+    (tmp_path / "g" / "sheet.png").touch()
+    reading[0].clear()
+    draw(eight / "a.png", 8)
+    with pytest.raises(UserError, match=r"g holds sheet\.png, which is not the gallery's"):
+        embed(eight, tiny_checkpoint, output=tmp_path / "g", progress=QUIET)
+    assert reading[0] == [] and (tmp_path / "g" / "sheet.png").exists()
+
+
 def test_a_model_may_be_of_another_width_than_the_one_before(
     eight, tiny_checkpoint, tmp_path, reading
 ):

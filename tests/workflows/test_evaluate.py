@@ -125,6 +125,17 @@ def test_figures_that_compare_with_no_others_say_so(tiny_checkpoint, tiny_data, 
     ]
 
 
+def test_pictures_that_any_training_has_seen_are_told(tiny_checkpoint, tiny_data, monkeypatch):
+    loaded = load_model(tiny_checkpoint)
+    manifest = PreparedDataset.open(tiny_data).manifest
+    other = {"source": "flickr8k", "split_name": "karpathy", "split_hash": "1"}
+    before = {"source": "scenes", "split_name": "seed0", "split_hash": manifest.split_hash["test"]}
+    loaded.info = replace(loaded.info, data={**other, "before": [before]})
+    monkeypatch.setattr("vicvlm_cli.workflows.evaluate.load_model", lambda _, **__: loaded)
+    notes = evaluate(tiny_checkpoint, tiny_data, top_k=0, progress=QUIET).notes
+    assert notes == ["the model was trained on this very split (test)"]
+
+
 def test_mistakes_get_a_sentence(tiny_checkpoint, tiny_data, tmp_path):
     with pytest.raises(UserError, match="it has train, val, test"):
         evaluate(tiny_checkpoint, tiny_data, "dev", progress=QUIET)
@@ -146,6 +157,7 @@ def test_pictures_may_be_evaluated_by_several_views(tiny_checkpoint, tiny_data, 
     cropped = evaluate(tiny_checkpoint, tiny_data, top_k=4, views=7, progress=Progress())
     assert "7 views of each" in capsys.readouterr().err
     assert cropped.evaluation.dual != mirrored.evaluation.dual
+    assert [found.to_dict()["views"] for found in (own, mirrored, cropped)] == [1, 2, 7]
     assert evaluate(tiny_checkpoint, tiny_data, top_k=4, views=1, progress=QUIET) == own
     with pytest.raises(UsageError, match="1, 2, 3, 7, not 4"):
         evaluate(tiny_checkpoint, tiny_data, views=4, progress=QUIET)

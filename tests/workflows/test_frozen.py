@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_training import BARE, QUIET, TWO_BLOCKS, Heard, run, weights
+from tiny import teacher_weights
+from tiny_training import BARE, QUIET, TWO_BLOCKS, Heard, rows, run, weights
 from torch import Tensor
 
+from vicvlm_cli.errors import UserError
 from vicvlm_cli.objectives import create_objective
 from vicvlm_cli.objectives.clip import CLIP
 from vicvlm_cli.workflows.train import finetune, pretrain
@@ -39,6 +41,44 @@ def test_frozen_blocks_come_out_as_they_went_in(scenes: Path, tmp_path: Path) ->
     assert {k for k in before if k.startswith("image_encoder.vit.blocks.0.")} < same
     assert "image_encoder.vit.patch_embed.proj.weight" in same
     assert not any(k.startswith("image_encoder.vit.blocks.1.") for k in same)
+
+
+def test_a_preset_that_freezes_more_blocks_than_a_cut_encoder_has_trains_it(
+    scenes: Path, tmp_path: Path
+) -> None:
+    eight = "model.image_options={patch_size = 8, embed_dim = 24, depth = 8, num_heads = 2}"
+    method = ("pretrain.objective=s_smke", "pretrain.options.teacher=test_vit")
+    weighed = f"pretrain.options.teacher_weights={teacher_weights()}"
+    frozen = ("pretrain.frozen_blocks=8", "pretrain.cached_views=2", "pretrain.epochs=0.5")
+    heard = Heard()
+    begun = pretrain(
+        scenes,
+        overrides=[*BARE, eight, *method, weighed, *frozen],
+        output=tmp_path / "begun",
+        progress=heard,
+    )
+    assert any("2 views of each picture go through 6 frozen blocks first" in x for x in heard.notes)
+    assert {row["frozen_blocks"] for row in rows(begun.run)} == {6}
+    tuned = finetune(
+        begun.checkpoint,
+        scenes,
+        overrides=["finetune.frozen_blocks=8", "finetune.epochs=0.5"],
+        output=tmp_path / "tuned",
+        progress=QUIET,
+    )
+    before, after = weights(begun.run), weights(tuned.run)
+    of_blocks = "image_encoder.vit.blocks."
+    assert {k.split(".")[3] for k in before if k.startswith(of_blocks)} == set("012345")
+    assert all(torch.equal(before[k], after[k]) for k in before if k.startswith(of_blocks))
+    assert not torch.equal(before["image_projection.weight"], after["image_projection.weight"])
+    with pytest.raises(UserError, match="frozen_blocks=9 is more than the image encoder's 8 blo"):
+        finetune(
+            begun.checkpoint,
+            scenes,
+            overrides=["finetune.frozen_blocks=9"],
+            output=tmp_path / "wrong",
+            progress=QUIET,
+        )
 
 
 def test_frozen_random_blocks_are_warned_of(scenes: Path, tmp_path: Path) -> None:

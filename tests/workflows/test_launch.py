@@ -133,6 +133,12 @@ def test_a_precision_that_cannot_be_had_is_named(scenes: Path, tmp_path: Path) -
         run(scenes, tmp_path / "run", "pretrain.precision=bf16")
 
 
+def test_fp16_is_not_float32_by_another_name(scenes: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--precision fp16 does not work on a CPU: leave it out"):
+        run(scenes, tmp_path / "run", "pretrain.precision=fp16")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_tracker_that_is_not_installed_is_named(
     scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

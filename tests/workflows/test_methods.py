@@ -26,7 +26,7 @@ SETTINGS = [s for s in TINY if ".losses." not in s and ".options." not in s]
 OPTIONS = {
     "s_smke": ["teacher=test_vit", f"teacher_weights={teacher_weights()}"],
     "maskvlm": ["decoder_depth=1"],
-    "albef": ["queue_size=20"],
+    "albef": ["queue_size=20", "queue_steps=0"],
 }
 
 

@@ -4,54 +4,21 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import tarfile
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from raw_files import QUIET, flickr8k, jpeg, run, stop_after
 
 from vicvlm_cli.data import shards
 from vicvlm_cli.data.decoded import decode
 from vicvlm_cli.data.prepared import PreparedDataset
-from vicvlm_cli.data.sources.listing import Item, Picture
+from vicvlm_cli.data.sources import find_source, folder, listing
 from vicvlm_cli.errors import UsageError, UserError
-from vicvlm_cli.report.progress import Progress
 from vicvlm_cli.workflows import prepare as workflow
-from vicvlm_cli.workflows.prepare import PrepareResult, prepare
-
-QUIET = Progress(quiet=True)
-
-
-def jpeg(shade: int, size: tuple[int, int] = (60, 40)) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", size, (shade, shade, shade)).save(buffer, "JPEG")
-    return buffer.getvalue()
-
-
-def flickr8k(folder: Path, number: int = 20, broken: dict[int, bytes | None] | None = None) -> Path:
-    """A tar.gz of `number` pictures, the last two for val, and a Karpathy JSON."""
-    folder.mkdir(exist_ok=True)
-    images = []
-    with tarfile.open(folder / "images.tar.gz", "w:gz") as archive:
-        for i in reversed(range(number)):  # not in the order of the captions
-            data = (broken or {}).get(i, jpeg(10 * i))
-            if data is not None:
-                info = tarfile.TarInfo(f"images/{i}.jpg")
-                info.size = len(data)
-                archive.addfile(info, io.BytesIO(data))
-    for i in range(number):
-        split = "val" if i >= number - 2 else "train"
-        sentences = [{"raw": f"picture {i}, {k}"} for k in range(5)]
-        images.append({"filename": f"{i}.jpg", "split": split, "sentences": sentences})
-    (folder / "dataset_flickr8k.json").write_text(json.dumps({"images": images}))
-    return folder
-
-
-def run(folder: Path, **options: object) -> PrepareResult:
-    source = options.pop("source", "flickr8k")
-    return prepare(source, folder, image_side=32, progress=QUIET, **options)  # type: ignore[arg-type]
+from vicvlm_cli.workflows.prepare import prepare
 
 
 def test_raw_files_become_a_prepared_data_set(tmp_path: Path) -> None:
@@ -93,19 +60,6 @@ def test_the_result_depends_neither_on_workers_nor_on_the_archive(tmp_path: Path
         a, b = (PreparedDataset.open(r.path).split(split) for r in (one, many))
         assert a.image_ids == b.image_ids
         assert all(a.image(i) == b.image(i) for i in range(len(a)))
-
-
-def stop_after(pictures: int, calls: list[object], patch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C once so many pictures are encoded; ``calls`` are those that were begun."""
-    real = workflow.encode_image
-
-    def encode(source: object, side: int) -> bytes:
-        calls.append(source)
-        if len(calls) > pictures:
-            raise KeyboardInterrupt
-        return real(source, side)  # type: ignore[arg-type]
-
-    patch.setattr(workflow, "encode_image", encode)
 
 
 def test_an_interrupted_run_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,59 +233,40 @@ def test_a_damaged_data_set_is_mended_by_preparing_it_again(
     assert shard.read_bytes() == whole
 
 
-def test_a_picture_that_lost_a_caption_is_stored_by_the_run_that_continues(
+def test_a_split_by_chance_of_an_earlier_version_is_not_mixed_with_this(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shards, "SHARD_IMAGES", 2)
-    rows = []
-    for i in range(6):
-        (tmp_path / f"{i}.jpg").write_bytes(jpeg(10 * i))
-        rows.append({"file_name": f"{i}.jpg", "captions": ["good"], "split": "train"})
-    rows[4]["captions"] = ["good", " "]
-    rows.append({"file_name": "5.jpg", "captions": ["good"], "split": "val"})
-    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    real = workflow.encode_image
-    stop_after(3, [], monkeypatch)
-    monkeypatch.setattr(workflow, "_encoded", _one_by_one)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, source="folder", max_bad=1)
-    assert len(list((tmp_path / "prepared" / "train").glob("*.arrow"))) == 1
-    monkeypatch.setattr(workflow, "encode_image", real)
-    result = run(tmp_path, source="folder", max_bad=1)
-    assert result.manifest.images == {"train": 6}
-    assert result.manifest.rejected == {"empty caption": 1, "in two splits": 1}
+    monkeypatch.setattr(shards, "SHARD_IMAGES", 4)
+    for i in range(30):
+        (tmp_path / f"{i}.jpg").write_bytes(jpeg(8 * i))
+        (tmp_path / f"{i}.txt").write_text(f"picture {i}")
+    real = listing.settle_split
 
+    def earlier(*given: object) -> tuple[object, str, object]:
+        items, _, rejected = real(*given)  # type: ignore[arg-type]
+        turned = {"train": "val", "val": "test", "test": "train"}
+        moved = {key: replace(item, split=turned[item.split]) for key, item in items.items()}
+        return moved, "random-seed0", rejected
 
-def _one_by_one(pictures: Iterator[tuple[Item, Picture]], side: int, _: int) -> Iterator[object]:
-    for item, picture in pictures:
-        yield item, workflow.encode_image(picture, side)  # type: ignore[arg-type]
-
-
-def test_odd_pictures_and_odd_text_stop_nothing(tmp_path: Path) -> None:
-    folder = tmp_path / os.fsdecode(b"caf\xe9")
-    folder.mkdir()
-    rows = []
-    for i in range(3):
-        (folder / f"{i}.jpg").write_bytes(jpeg(10 * i))
-        rows.append({"file_name": f"{i}.jpg", "captions": ["good", "\ud83d"], "split": "train"})
-    Image.new("RGB", (70_000, 2)).save(folder / "long.png")
-    rows.append({"file_name": "long.png", "caption": "a thread", "split": "train"})
-    rows.append({"file_name": "\ud83d.png", "caption": "x", "split": "train"})
-    (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    result = run(folder, source="folder", max_bad=1, output=tmp_path / "out")
-    assert result.manifest.images == {"train": 3}
-    assert result.manifest.rejected == {
-        "caption is not UTF-8": 3,
-        "name is not UTF-8": 1,
-        "no JPEG can hold it": 1,
-    }
-    train = PreparedDataset.open(result.path).split("train")
-    assert train.captions == [["good"]] * 3
-    assert train.paths[0] == str(tmp_path / r"caf\udce9" / "0.jpg")
-    with pytest.raises(UserError, match=r"are bad, .*0\.jpg \(caption is not UTF-8\)"):
-        prepare("folder", folder, image_side=31, output=tmp_path / "out", progress=QUIET)
-    with pytest.raises(UsageError, match=r"caf\\udce9/prepared is no name in UTF-8"):
-        run(folder, source="folder")
+    with monkeypatch.context() as patch:
+        patch.setattr(folder, "settle_split", earlier)
+        old = run(tmp_path, source="folder")
+        assert (old.manifest.split_name, old.warnings) == ("random-seed0", [])
+        stop_after(15, [], patch)
+        with pytest.raises(KeyboardInterrupt):
+            prepare("folder", tmp_path, image_side=16, workers=1, progress=QUIET)
+    # What is there keeps what its manifest says, until all of the other is there.
+    assert PreparedDataset.open(old.path).manifest == old.manifest
+    result = prepare("folder", tmp_path, image_side=16, progress=QUIET)
+    assert not result.skipped_work
+    assert result.manifest.split_name == "random-hash-seed0"
+    assert "had the split random-seed0, and this one has random-hash-seed0" in result.warnings[0]
+    parts = PreparedDataset.open(result.path)
+    stored = {split: set(parts.split(split).image_ids) for split in parts.splits}
+    assert sum(map(len, stored.values())) == len(set.union(*stored.values())) == 30
+    now = find_source("folder", tmp_path).items()
+    assert all(item.image_id in stored[item.split] for item in now)
+    assert prepare("folder", tmp_path, image_side=16, progress=QUIET).warnings == []
 
 
 def test_senseless_options_and_places(tmp_path: Path) -> None:

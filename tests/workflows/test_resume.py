@@ -264,7 +264,12 @@ def test_a_signal_waits_for_the_step_and_twice_does_not(
 @pytest.mark.parametrize(
     "method",
     [
-        ("albef", "pretrain.options.queue_size=20", "pretrain.options.alpha_steps=4"),
+        (
+            "albef",
+            "pretrain.options.queue_size=20",
+            "pretrain.options.queue_steps=2",
+            "pretrain.options.alpha_steps=4",
+        ),
         ("albef", "pretrain.options.queue_size=0"),
         ("mamo",),
         ("maskvlm", "pretrain.options.decoder_depth=1"),

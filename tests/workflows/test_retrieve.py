@@ -66,6 +66,19 @@ def test_a_picture_finds_itself(photos, tiny_checkpoint, tmp_path):
     assert result.to_dict()["image"] == str(photos / "3.png")
 
 
+def test_a_picture_is_seen_in_as_many_views_as_the_gallerys(photos, tiny_checkpoint, tmp_path):
+    path = embed(photos, tiny_checkpoint, views=7, output=tmp_path / "g", progress=QUIET).path
+    stored, model = Gallery.open(path), load_model(tiny_checkpoint)
+    pictures = [photos / f"{i}.png" for i in range(5)]
+    assert model.vlm.config.eval_views == 1
+    single = stored.features @ model.encode_images(pictures).T
+    assert single.diagonal().max() < 1 - 1e-4
+    again = model.encode_images(pictures, views=7)
+    torch.testing.assert_close(again, stored.features, rtol=0, atol=1e-2)
+    found = retrieve(path, image=photos / "3.png", progress=QUIET).hits[0]
+    assert found.id == "3" and found.score == pytest.approx(1, abs=1e-5)
+
+
 def test_reranking_orders_the_candidates_by_the_combined_score(gallery, tiny_checkpoint):
     result = retrieve(gallery, WORDS, top_k=6, rerank=True, progress=QUIET)
     stored, model = Gallery.open(gallery), load_model(tiny_checkpoint)

@@ -45,6 +45,26 @@ def test_a_pretraining_leaves_a_checkpoint_metrics_and_a_result(
     assert all(bool(v.isfinite().all()) for v in weights(pretrained.run).values())
 
 
+@pytest.mark.parametrize("weight", [0, 0.1])
+def test_a_target_of_masked_pictures_where_none_is_masked_is_warned_of(
+    scenes: Path, tmp_path: Path, weight: float
+) -> None:
+    heard = Heard()
+    settings = ("pretrain.options.target=byol", "pretrain.losses.joint_mim.weight=0")
+    asked = (*settings, f"pretrain.losses.mim.weight={weight}", "pretrain.epochs=0.2")
+    run(scenes, tmp_path / "run", *asked, progress=heard)
+    assert any("turns it on" in note for note in heard.notes) == (weight == 0)
+
+
+@pytest.mark.parametrize("tokens", [9, 40])
+def test_captions_that_are_cut_are_warned_of(scenes: Path, tmp_path: Path, tokens: int) -> None:
+    heard = Heard()
+    short = (f"model.max_tokens={tokens}", "model.vocab_size=400", "pretrain.epochs=0.2")
+    run(scenes, tmp_path / "run", *short, progress=heard)
+    told = [note for note in heard.notes if f"are cut at {tokens} tokens: --set model.max" in note]
+    assert len(told) == (tokens == 9)
+
+
 def test_every_loss_has_its_first_last_and_trivial_value(pretrained: TrainResult) -> None:
     assert {row.name for row in pretrained.losses} == set(LOSSES)
     table = {row.name: row for row in pretrained.losses}

@@ -49,7 +49,7 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "mamo": ("mamo", {}, "concat"),
     "mamo-seed": ("mamo", {"variant": "seed"}, "concat"),
     "maskvlm": ("maskvlm", {"decoder_depth": 1}, "co_attention"),
-    "albef": ("albef", {"queue_size": 7, "alpha_steps": 0}, "cross_attention"),
+    "albef": ("albef", {"queue_size": 7, "queue_steps": 0, "alpha_steps": 0}, "cross_attention"),
     "s_smke": ("s_smke", TEACHER, "shared"),
     "vicreg": ("clip", {"expander": 24}, "none"),
     "words": ("vicvlm", {**BYOL, "vicreg": "projections"}, "cross_attention"),

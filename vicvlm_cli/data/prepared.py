@@ -35,7 +35,7 @@ class Manifest:
     """What a prepared data set says about itself (dictionaries are keyed by split or reason)."""
 
     source: str
-    split_name: str  # "karpathy", "entities", "random-seed0", …
+    split_name: str  # "karpathy", "entities", "random-hash-seed0", …
     partial: str  # "" or why: "test has 900 of 1,000 images; train is missing"
     image_side: int
     images: dict[str, int]
@@ -43,7 +43,8 @@ class Manifest:
     size_bytes: dict[str, int]
     split_hash: dict[str, str]
     shards: dict[str, list[str]]  # paths relative to the data set
-    rejected: dict[str, int] = field(default_factory=dict)
+    rejected: dict[str, int] = field(default_factory=dict)  # pictures
+    rejected_captions: dict[str, int] = field(default_factory=dict)  # of pictures that are kept
     vicvlm_version: str = ""
     fingerprint: str = ""
     format_version: int = FORMAT_VERSION

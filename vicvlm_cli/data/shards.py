@@ -47,7 +47,8 @@ class _OpenShard:
 class ShardWriter:
     """Collects encoded items into shards below `path`, beginning after the finished ones.
 
-    `done` holds the image_id of every item that an earlier run has settled (stored or rejected).
+    `done` holds the image_id of every item that an earlier run has settled (stored or rejected),
+    `lost` the reason of every picture that is left out, by its image_id.
     """
 
     def __init__(self, path: Path, fingerprint: str) -> None:
@@ -55,6 +56,7 @@ class ShardWriter:
         self.fingerprint = fingerprint
         self.done: set[str] = set()
         self.rejected: dict[Rejected, None] = {}  # a set that keeps the order
+        self.lost: dict[str, str] = {}
         self._images = dict.fromkeys(SPLITS, 0)
         self._open = {split: _OpenShard() for split in SPLITS}
         self._finished: dict[str, list[str]] = {split: [] for split in SPLITS}
@@ -80,9 +82,14 @@ class ShardWriter:
         """
         if rejected in self.rejected:
             return
-        self.rejected[rejected] = None
+        self._note(rejected)
         if settled and rejected.split in self._open:
             self._open[rejected.split].rejected.append(rejected)
+
+    def _note(self, rejected: Rejected) -> None:
+        self.rejected[rejected] = None
+        if not rejected.of_caption:
+            self.lost[rejected.image_id] = rejected.reason
 
     def write_rejected(self) -> None:
         """Write rejected.jsonl."""
@@ -112,7 +119,7 @@ class ShardWriter:
             split_hash=hashes,
             size_bytes=sizes,
             shards=shards,
-            rejected=dict(Counter(item.reason for item in self.rejected)),
+            rejected=dict(Counter(self.lost.values())),
             fingerprint=self.fingerprint,
             **facts,
         )
@@ -136,7 +143,8 @@ class ShardWriter:
         self._images[split] += len(stored)
         self.done.update(stored)
         self.done.update(item.image_id for item in rejected)
-        self.rejected.update(dict.fromkeys(rejected))
+        for item in rejected:
+            self._note(item)
         self._finished[split].append(f"{split}/{shard.name}")
         return True
 

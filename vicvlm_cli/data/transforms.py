@@ -14,8 +14,17 @@ from torch import Tensor
 
 from vicvlm_cli.settings import DataConfig
 
-# A caption that names a side is false of the mirrored picture.
-_SIDE = re.compile(r"\b(?:left|right|leftmost|rightmost|lefthand|righthand)\b", re.IGNORECASE)
+# A caption that names a side is false of the mirrored picture. A word too many here costs no more
+# than a picture that is not mirrored.
+_SIDE = re.compile(
+    r"\b(?:left|right|leftmost|rightmost|lefthand|righthand"
+    r"|(?:links|rechts)\w*|(?:linke|rechte)[mns]?|(?:linker|rechter)\w*"  # German, Dutch
+    r"|gauches?|droite?s?"  # French
+    r"|(?:izquierd|derech)[ao]s?"  # Spanish
+    r"|(?:sinistr|destr)[aeio]"  # Italian
+    r"|(?:esquerd|direit)[ao]s?)\b",  # Portuguese
+    re.IGNORECASE,
+)
 # Head room for random crops: the loader's pictures are this much larger than the model's.
 CROP_MARGIN = 1.125
 # Side of the crops that are embedded beside a whole picture, in that of the picture. They are shown
@@ -64,7 +73,10 @@ def other_views(whole: Tensor, enlarged: Tensor | None, views: int) -> Iterator[
 
 
 def names_no_side(caption: str) -> bool:
-    """Whether a horizontal flip keeps ``caption`` true."""
+    """Whether a horizontal flip keeps ``caption`` true.
+
+    It may be in English, German, French, Spanish, Italian, Portuguese or Dutch.
+    """
     return _SIDE.search(caption) is None
 
 

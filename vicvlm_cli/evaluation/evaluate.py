@@ -82,6 +82,7 @@ class EvaluationReport:
     data_title: str
     precision: str
     image_size: int  # side of the pictures as they were embedded
+    views: int  # of each picture, whose mean is its feature
     notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -106,6 +107,7 @@ class EvaluationReport:
             **self.evaluation.to_dict(),
             "precision": self.precision,
             "image_size": self.image_size,
+            "views": self.views,
             "notes": self.notes,
         }
 

@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 from safetensors import SafetensorError
@@ -30,8 +30,13 @@ from vicvlm_cli.errors import UserError
 from vicvlm_cli.gallery.items import GalleryItem, StoredItems, damaged, read_lines, write_lines
 from vicvlm_cli.gallery.search import exact_top_k
 
+if TYPE_CHECKING:
+    from vicvlm_cli.inference import LoadedModel
+
 FORMAT_VERSION = 2  # 2: items have stamps
 HEADER = "gallery.json"
+FILES = {HEADER, "features.safetensors", "items.jsonl", "skipped.jsonl"}
+LITTER = {".DS_Store", "Thumbs.db", "desktop.ini"}  # what looking into a folder leaves there
 
 
 @dataclass
@@ -104,7 +109,7 @@ class Gallery:
     def save(self, path: str | Path) -> None:
         """Writes the gallery to the directory `path`, replacing a gallery that is there.
 
-        Raises UserError where something else is there, or where it cannot be written.
+        Raises UserError where something else is there, in it too, or where it cannot be written.
         """
         path = Path(path)
         check_output(path)
@@ -145,23 +150,13 @@ class Gallery:
             shutil.rmtree(beside, ignore_errors=True)
 
     @classmethod
-    def open(cls, path: str | Path) -> Gallery:
-        """Reads a gallery. Raises UserError: not a gallery, damaged, or of a newer format."""
+    def open(cls, path: str | Path, *, model: LoadedModel | None = None) -> Gallery:
+        """Reads a gallery, to search with what `model` encodes, if one is given.
+
+        Raises UserError: not a gallery, damaged, of a newer format, or made by another model.
+        """
         path = Path(path)
-        try:
-            header: dict[str, Any] = json.loads((path / HEADER).read_text(encoding="utf-8"))
-            version = int(header["format_version"])
-        except (FileNotFoundError, NotADirectoryError):
-            raise UserError(
-                f"{path} is not a gallery (it has no {HEADER}); make one with `vicvlm embed`"
-            ) from None
-        except (OSError, ValueError, KeyError, TypeError):
-            raise damaged(path) from None
-        if version > FORMAT_VERSION:
-            raise UserError(
-                f"{path} has format {version}, and this vicvlm reads up to {FORMAT_VERSION}: "
-                "upgrade vicvlm, or run `vicvlm embed` again"
-            )
+        header = read_header(path)
         try:
             tensors = load_file(path / "features.safetensors")
             features, off = tensors["features"].float(), tensors.get("off")
@@ -187,7 +182,39 @@ class Gallery:
             raise damaged(path)
         if off is not None and (off.shape != features.shape[:1] or not off.isfinite().all()):
             raise damaged(path)
+        if model is not None:
+            check_model(gallery, path, model)
         return gallery
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """A gallery's header. Raises UserError: not a gallery, damaged, or of a newer format."""
+    try:
+        header: dict[str, Any] = json.loads((path / HEADER).read_text(encoding="utf-8"))
+        version = int(header["format_version"])
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(
+            f"{path} is not a gallery (it has no {HEADER}); make one with `vicvlm embed`"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError):
+        raise damaged(path) from None
+    if version > FORMAT_VERSION:
+        raise UserError(
+            f"{path} has format {version}, and this vicvlm reads up to {FORMAT_VERSION}: "
+            "upgrade vicvlm, or run `vicvlm embed` again"
+        )
+    return header
+
+
+def check_model(gallery: Gallery, path: Path, model: LoadedModel) -> None:
+    """Raises UserError where another model than `model` made the gallery at `path`."""
+    info = model.info
+    if info.sha256 != gallery.model_sha256:
+        raise UserError(
+            f"the gallery {path} was made by another model ({gallery.model_sha256[:8]}, then at "
+            f"{gallery.model_path}) than {info.path} ({info.sha256[:8]}): "
+            "run `vicvlm embed` again with this one"
+        )
 
 
 def check_output(path: Path) -> None:
@@ -197,6 +224,11 @@ def check_output(path: Path) -> None:
             raise UserError(f"{path} is a mount point: choose a folder inside it")
         if path.exists() and not _is_replaceable(path):
             raise UserError(f"{path} exists and is not a gallery: choose another directory")
+        if path.exists() and (others := {entry.name for entry in path.iterdir()} - FILES - LITTER):
+            raise UserError(
+                f"{path} holds {min(others)}, which is not the gallery's and would go with it: "
+                "move it away, or choose another directory"
+            )
         parent = path.resolve().parent
         parent.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=parent):

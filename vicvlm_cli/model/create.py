@@ -8,7 +8,7 @@ from torch import nn
 
 from vicvlm_cli.errors import UsageError, UserError
 from vicvlm_cli.model.fusion import FUSIONS
-from vicvlm_cli.model.image_encoder import resolve_image_encoder
+from vicvlm_cli.model.image_encoder import architecture, resolve_image_encoder
 from vicvlm_cli.model.late_interaction import LateInteraction
 from vicvlm_cli.model.single_stream import SingleStream
 from vicvlm_cli.model.text_encoder import bert_config, load_bert, load_half
@@ -34,13 +34,16 @@ def build_model(config: ModelConfig, image_weights: str = "") -> RetrievalModel:
             "model.fusion=concat numbers the patches of model.image_size and no others: set "
             "model.eval_image_scale (or --image-scale) to 1, or choose another fusion"
         )
-    return KINDS.get(config.fusion, VLM)(config, image_weights)
+    model = KINDS.get(config.fusion, VLM)(config, image_weights)
+    # Whose weights they were is past: a timm that does not know these rebuilds the model too.
+    model.config = replace(model.config, image_encoder=architecture(config.image_encoder))
+    return model
 
 
 def create_model(config: ModelConfig, vocab_size: int) -> RetrievalModel:
     """A new model with the pretrained weights that ``config`` names.
 
-    The model's ``config`` is resolved: it names an architecture, never a file or a hub, and
+    The model's ``config`` is resolved: it names an architecture, never a tag, a file or a hub, and
     rebuilds the same shapes anywhere.
 
     Raises:

@@ -36,6 +36,8 @@ class ImageEncoder(nn.Module):
         size: side in pixels of the pictures that it is trained on.
         eval_scale: what the side of pictures in evaluation is of ``size``, rounded to whole
             patches; positions are resampled to their grid.
+        layers: of the first blocks, which alone are kept, under the final norm; 0, or more than
+            there are: all.
 
     Raises:
         UserError: the name is not a timm ViT, its weights cannot be loaded, or ``size`` is not a
@@ -50,6 +52,7 @@ class ImageEncoder(nn.Module):
         positions: str,
         weights: str = "",
         eval_scale: float = 1.0,
+        layers: int = 0,
     ) -> None:
         super().__init__()
         # timm decides between fused and eager attention when a block is made. Measured on CPUs in
@@ -74,6 +77,13 @@ class ImageEncoder(nn.Module):
             )
         if weights and weights != "hub":
             _load_weights(vit, name, weights)
+        if isinstance(vit.norm, nn.Identity):
+            # Where the mean of the patches is to be normalised, timm keeps the final norm for it.
+            # Not before: weights know it by that name.
+            vit.norm, vit.fc_norm = vit.fc_norm, vit.norm
+        self._blocks = len(vit.blocks)  # of the whole encoder
+        if layers:  # not before: weights are of the whole, and are checked so
+            vit.blocks = vit.blocks[:layers]
         make_lean(vit)
         self.vit = vit
         self.width: int = vit.embed_dim
@@ -98,18 +108,20 @@ class ImageEncoder(nn.Module):
         Nothing is kept for their backward pass, and there is none but to mask tokens, which come in
         below them. 0 frees all. Where it is not ``for_good`` they still want gradients, as
         processes must agree on from the beginning: what they get is for the training to drop.
+        Blocks are counted in the whole encoder, whose presets know of no method that cuts it: of
+        one that is cut, all that are left may be frozen.
 
         Raises:
-            UserError: there are not so many blocks.
+            UserError: there are not so many blocks in the whole encoder.
         """
         vit: Any = self.vit
-        if not 0 <= blocks <= len(vit.blocks):
+        if not 0 <= blocks <= self._blocks:
             raise UserError(
-                f"frozen_blocks={blocks} is more than the image encoder's {len(vit.blocks)} blocks"
+                f"frozen_blocks={blocks} is more than the image encoder's {self._blocks} blocks"
                 ": set it to as many, or to 0"
             )
         self.requires_grad_(True)
-        self.frozen = blocks
+        self.frozen = min(blocks, len(vit.blocks))
         if for_good:
             for parameter in self.frozen_parameters():
                 parameter.requires_grad_(False)
@@ -119,7 +131,7 @@ class ImageEncoder(nn.Module):
         vit: Any = self.vit
         if not self.frozen:
             return []
-        above = ("blocks.", "norm.", "fc_norm.")
+        above = ("blocks.", "norm.")
         below = [p for name, p in vit.named_parameters() if not name.startswith(above)]
         return [*below, *vit.blocks[: self.frozen].parameters()]
 
@@ -183,6 +195,8 @@ def _create(name: str, weights: str, arguments: dict[str, Any]) -> nn.Module:
     if not timm.is_model(name):
         close = timm.list_models(f"*{name.split('.')[0]}*")[:3] or ["vit_small_patch16_224"]
         raise UserError(f"timm has no model {name!r}: try {', '.join(close)}")
+    if weights != "hub":  # a tag is of nothing else, and another timm may not know it
+        name = architecture(name)
     try:
         return timm.create_model(name, **arguments)
     except (TypeError, AssertionError) as error:
@@ -196,7 +210,9 @@ def _create(name: str, weights: str, arguments: dict[str, Any]) -> nn.Module:
 def _load_weights(vit: VisionTransformer, name: str, file: str) -> None:
     """Load a local file into ``vit``, positions interpolated; a classifier is left out."""
     try:
-        state = checkpoint_filter_fn(load_state_dict(file, weights_only=True), vit)
+        state = load_state_dict(file, weights_only=True)
+        # The layer scale has another name in the files that DeiT III was published in.
+        state = checkpoint_filter_fn(state, vit, adapt_layer_scale=True)
         missing = vit.load_state_dict(state, strict=False).missing_keys
     except Exception as error:
         raise _unusable(name, file, error) from error
@@ -215,35 +231,70 @@ def _unusable(name: str, place: str, error: Exception) -> UserError:
     )
 
 
+def architecture(name: str) -> str:
+    """A timm name without its tag, which says no more than which weights of the hub are meant."""
+    return name.split(".")[0]
+
+
 def resolve_image_encoder(name: str, weights: str) -> tuple[str, str, dict[str, Any]]:
-    """A timm name or a local model folder as (architecture, weights, config entries).
+    """A timm name or a local model folder as (timm name, weights, config entries).
 
     The config entries hold ``image_mean`` and ``image_std`` where the weights' own are known.
 
     Raises:
-        UserError: a local folder or file that does not hold what is needed.
+        UserError: a local folder or file that does not hold what is needed, or a tag that timm
+            does not know.
     """
-    folder = Path(name)
-    if folder.is_dir():
-        try:
-            card = json.loads((folder / "config.json").read_text("utf-8"))
-            name = card["architecture"]
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(
-                f"{folder} has no config.json that names a timm 'architecture'"
-            ) from error
-        files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.pth")])
-        if not weights and not files:
-            raise UserError(f"{folder} holds no .safetensors or .pth weights")
-        weights = weights or str(files[0])
-        card = {**card, **card.get("pretrained_cfg", {})}
-        statistics = {f"image_{k}": tuple(card[k]) for k in ("mean", "std") if k in card}
-        return name, weights, statistics
+    if Path(name).is_dir():
+        name, weights, card = read_folder(Path(name), weights)
+        return name, weights, {f"image_{k}": card[k] for k in ("mean", "std") if k in card}
     if weights and weights != "hub" and not Path(weights).is_file():
         raise UserError(f"there are no image weights at {weights}")
-    if not weights or not timm.is_model(name):
+    if not timm.is_model(name):
         return name, weights, {}
-    cfg = timm.get_pretrained_cfg(name)
-    if cfg is None:
+    try:
+        cfg = timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        tags = timm.list_pretrained(f"{architecture(name)}.*")
+        known = f"name one of {', '.join(tags)}" if tags else f"name it {architecture(name)}"
+        raise UserError(f"timm has no weights {name!r}: {known}") from error
+    if cfg is None or not weights:
         return name, weights, {}
     return name, weights, {"image_mean": tuple(cfg.mean), "image_std": tuple(cfg.std)}
+
+
+def read_folder(folder: Path, weights: str = "") -> tuple[str, str, dict[str, Any]]:
+    """A local model folder as (architecture, weights, what its card says of pictures).
+
+    ``config.json``, the card, names a timm ``architecture``. Beside it lie the weights, if none
+    are given. Of :data:`OF_PICTURES` comes what the card has, in it or in its ``pretrained_cfg``.
+
+    Raises:
+        UserError: the folder does not hold what is needed.
+    """
+    file = folder / "config.json"
+    try:
+        card = json.loads(file.read_text("utf-8"))
+        name = card["architecture"]
+        card = {**card, **(card.get("pretrained_cfg") or {})}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} has no config.json that names a timm 'architecture'") from error
+    if not isinstance(name, str) or not timm.is_model(name):
+        raise UserError(f"{file} names the architecture {name!r}, of which timm has no model")
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.pth")])
+    if not weights and not files:
+        raise UserError(f"{folder} holds no .safetensors or .pth weights")
+    known = {key: card[key] for key in OF_PICTURES if key in card}
+    for key, value in known.items():
+        kinds = [type(number) for number in value] if isinstance(value, list) else []
+        number = {int} if key == "input_size" else {int, float}
+        if len(kinds) != 3 or not {*kinds} <= number or (key != "mean" and min(value) <= 0):
+            raise UserError(f"{file} says that {key} is {value!r}, not {OF_PICTURES[key]}")
+    return name, weights or str(files[0]), {key: tuple(value) for key, value in known.items()}
+
+
+OF_PICTURES = {
+    "mean": "three numbers",
+    "std": "three numbers above 0",
+    "input_size": "three whole numbers above 0",
+}

@@ -50,7 +50,7 @@ class SingleStream(RetrievalModel):
     vocabulary is taken. Tokens are the embedded patches and words. A pair costs a pass, so a
     shortlist has to be chosen before: by the features, which are linear projections of what the
     same transformer makes of the picture alone and of the caption alone. No gradient goes from
-    them into the transformer, which is ViLT's as if they were not there.
+    them into the transformer, but theirs counts in the norm by which all gradients are clipped.
     """
 
     def __init__(self, config: ModelConfig, image_weights: str = "") -> None:
@@ -61,6 +61,7 @@ class SingleStream(RetrievalModel):
             config.image_positions,
             image_weights,
             config.eval_image_scale,
+            config.image_layers,
         )
         width = encoder.width
         super().__init__(replace(config, text_width=width))

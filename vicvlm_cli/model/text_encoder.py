@@ -12,6 +12,8 @@ from vicvlm_cli.errors import UserError
 from vicvlm_cli.model.dropout import replace_dropout
 from vicvlm_cli.model.lengths import by_length
 
+POSITIONS = 512  # of BERT
+
 
 def attention_kind() -> str:
     """``eager`` on the CPU, where the fused kernel's bf16 backward is the slower; else ``sdpa``."""
@@ -19,9 +21,16 @@ def attention_kind() -> str:
 
 
 def bert_config(
-    *, vocab_size: int, width: int, heads: int, layers: int, dropout: float, pad_id: int = 0
+    *,
+    vocab_size: int,
+    width: int,
+    heads: int,
+    layers: int,
+    dropout: float,
+    pad_id: int = 0,
+    max_tokens: int = POSITIONS,
 ) -> BertConfig:
-    """A BERT of the given sizes."""
+    """A BERT of the given sizes, with positions for ``max_tokens`` or as many as BERT has."""
     return BertConfig(
         vocab_size=vocab_size,
         hidden_size=width,
@@ -31,6 +40,7 @@ def bert_config(
         hidden_dropout_prob=dropout,
         attention_probs_dropout_prob=dropout,
         pad_token_id=pad_id,
+        max_position_embeddings=max(POSITIONS, max_tokens),
     )
 
 

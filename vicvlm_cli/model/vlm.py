@@ -155,6 +155,7 @@ class VLM(RetrievalModel):
             config.image_positions,
             image_weights,
             config.eval_image_scale,
+            config.image_layers,
         )
         bert = _bert_of(config)
         self.text_encoder = TextEncoder(bert)
@@ -253,4 +254,5 @@ def _bert_of(config: ModelConfig) -> BertConfig:
         heads=config.text_heads,
         layers=config.text_layers,
         dropout=config.text_dropout,
+        max_tokens=config.max_tokens,
     )

@@ -21,6 +21,7 @@ from torch import nn
 from vicvlm_cli.config import from_dict, merge
 from vicvlm_cli.data.tokenizer import Tokenizer
 from vicvlm_cli.errors import UsageError
+from vicvlm_cli.model.single_stream import SingleStream
 from vicvlm_cli.model.vlm import VLM, RetrievalModel
 from vicvlm_cli.objectives.albef import ALBEF
 from vicvlm_cli.objectives.beside import Beside
@@ -104,9 +105,16 @@ def create_objective(
             hint = f"did you mean {close[0]!r}? " if close else ""
             raise UsageError(
                 f"{config.objective} has no loss {name!r}: {hint}"
-                f"its losses are {', '.join(objective.LOSSES)}, and on any objective "
-                f"{', '.join(anywhere)}"
+                f"its losses are {', '.join(objective.LOSSES)}, and on any objective of two "
+                f"encoders {', '.join(anywhere)}"
             )
+    beside = [n for n in anywhere if n in config.losses and config.losses[n].weight > 0]
+    if beside and isinstance(model, SingleStream):
+        # They would train the two projections that choose a shortlist, and nothing of the method.
+        raise UsageError(
+            "ViLT has no features of its own to spread or to tell words from: leave "
+            f"{', '.join(beside)} out of the losses of {config.objective}"
+        )
     if not any(loss.at(0.0, step=1) > 0 for loss in config.losses.values()):
         raise UsageError(
             f"no loss of {config.objective} is on in every step, so that in some nothing would be "

@@ -49,13 +49,17 @@ class ALBEF(nn.Module):
     class Config:
         """Options of the method.
 
-        ``queue_size``: momentum features kept of each modality (the paper: 65,536; 0: none).
+        ``queue_size``: momentum features kept of each modality (the paper: 65,536; 0: none). They
+        count after ``queue_steps`` optimiser steps (the paper: at once, at a rate 20 times lower):
+        while the encoders change fast, a feature's age alone tells those of earlier steps from the
+        batch's own, and that is learned instead of what pictures and captions share.
         ``alpha``: share of the momentum model's belief in the targets, reached by a straight line
         over ``alpha_steps`` optimiser steps (the paper: an epoch; 0: at once). ``text_mask``: share
         of words hidden.
         """
 
         queue_size: int = 4096
+        queue_steps: int = 1000
         alpha: float = 0.4
         alpha_steps: int = 1000
         ema_decay: float = 0.995
@@ -65,7 +69,7 @@ class ALBEF(nn.Module):
     def __init__(self, model: VLM, tokenizer: Tokenizer, config: Config) -> None:
         super().__init__()
         require_matching(model, "albef")
-        for name in ("queue_size", "alpha_steps"):
+        for name in ("queue_size", "queue_steps", "alpha_steps"):
             if getattr(config, name) < 0:
                 raise UsageError(f"options.{name} must be 0 or more")
         for name in ("alpha", "ema_decay"):
@@ -158,6 +162,8 @@ class ALBEF(nn.Module):
         The momentum model's, ``images_m`` and ``texts_m``, wait for the queues.
         """
         (old_images, old_id), (old_texts, _) = self.image_queue.filled(), self.text_queue.filled()
+        if int(self.steps) < self.config.queue_steps:
+            old_images, old_texts, old_id = old_images[:0], old_texts[:0], old_id[:0]
         same = image_id[:, None] == torch.cat([image_id, old_id])[None, :]  # [G, G + K]
         scale, alpha = self.model.logit_scale.exp(), self.alpha
         total, guess = images.new_zeros(()), images.new_zeros(())

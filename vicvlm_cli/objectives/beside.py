@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vicvlm_cli.data.batches import Batch
-from vicvlm_cli.errors import UsageError
+from vicvlm_cli.model.fusion import masked_mean
 from vicvlm_cli.model.vlm import RetrievalModel
 from vicvlm_cli.objectives.ranks import Noise
 from vicvlm_cli.objectives.retrieval import Losses
@@ -18,7 +18,8 @@ from vicvlm_cli.objectives.retrieval import Losses
 class FirstProjections:
     """Projections [B, P] of pictures and of captions, before they get unit length.
 
-    They are those of a step's first pass over the pair as it is: nothing is encoded for them.
+    They are those of a step's first pass over the pair as it is: nothing is encoded for them. Where
+    a model projects each patch and word, as SCAN's does, they are the means over these.
 
     Args:
         model: whose projections; nothing of it is kept here but the step's outputs.
@@ -36,19 +37,12 @@ class FirstProjections:
         """Forget what was projected: a step begins, or it is over."""
         self._seen.clear()
 
-    def of(self, *losses: str) -> tuple[Tensor, Tensor]:
-        """The pictures' and the captions', for ``losses``.
-
-        Raises:
-            UsageError: the model projects patches and words.
-        """
-        if any(x.dim() != 2 for x in self._seen.values()):
-            names = ", ".join(losses)
-            raise UsageError(
-                f"losses such as {names} are of one vector a picture and caption, and "
-                f"this model projects each patch and word: leave {names} out of the losses"
-            )
-        return self._seen["image_projection"].float(), self._seen["text_projection"].float()
+    def of(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The pictures' and the captions' of ``batch``, the one that was projected first."""
+        image, text = (self._seen[f"{side}_projection"].float() for side in ("image", "text"))
+        if image.dim() == 3:  # [B, N, P] and [B, L, P]
+            return image.mean(dim=1), masked_mean(text, batch.attention_mask)
+        return image, text
 
 
 class Beside(nn.Module):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Set
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from vicvlm_cli.data.batches import Batch
 from vicvlm_cli.data.tokenizer import Tokenizer
 from vicvlm_cli.errors import UsageError, UserError
+from vicvlm_cli.model.image_encoder import read_folder
 from vicvlm_cli.model.vlm import VLM, Encoded
 from vicvlm_cli.objectives import losses
 from vicvlm_cli.objectives.alignment import clamp_temperature, contrasted_rows, info_nce
@@ -28,22 +30,34 @@ from vicvlm_cli.objectives.retrieval import Losses
 class Teacher(nn.Module):
     """A frozen timm model: pixels in [0, 255] [B, 3, S, S] to pooled features [B, T].
 
+    Args:
+        name: of a model, or a local folder of one, whose card may say what pictures it sees.
+        weights: a local file, or ``hub``; ``""``: the folder's own, or else the hub's.
+
     Raises:
-        UsageError: timm has no model of that name.
-        UserError: its weights cannot be loaded.
+        UsageError: timm has no model of that name, and there is no such folder.
+        UserError: the folder does not hold what is needed, or the weights cannot be loaded.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, name: str, weights: str) -> None:
+    def __init__(self, name: str, weights: str = "") -> None:
         super().__init__()
-        if not timm.is_model(name):
-            close = timm.list_models(f"*{name.split('.')[0]}*")[:3] or ["vit_base_patch16_224"]
-            raise UsageError(f"timm has no model {name!r} to teach: try {', '.join(close)}")
+        card: dict[str, Any] = {}
+        if Path(name).is_dir():
+            name, weights, card = read_folder(Path(name), weights)
+        elif not timm.is_model(name):
+            stem = Path(name).name.split(".")[0]
+            close = timm.list_models(f"*{stem}*")[:3] or ["vit_base_patch16_224"]
+            raise UsageError(
+                f"timm has no model {name!r} to teach, and there is no such folder: try "
+                f"{', '.join(close)}"
+            )
+        weights = weights or "hub"
         if weights != "hub" and not Path(weights).is_file():
             raise UserError(f"there are no teacher weights at {weights}")
-        network = _load_teacher(name, weights)
+        network = _load_teacher(name, weights, card)
         self.network = network.requires_grad_(False).eval()
         self.size: tuple[int, int] = tuple(network.pretrained_cfg["input_size"][1:])
         for key in ("mean", "std"):
@@ -63,14 +77,15 @@ class Teacher(nn.Module):
         return F.normalize(self.network((image - self.mean) / self.std).float(), dim=-1)
 
 
-def _load_teacher(name: str, weights: str) -> Any:
-    local = {} if weights == "hub" else {"pretrained_cfg_overlay": {"file": weights}}
+def _load_teacher(name: str, weights: str, card: dict[str, Any]) -> Any:
+    own = card if weights == "hub" else {**card, "file": weights}
+    made = partial(timm.create_model, name, num_classes=0, pretrained_cfg_overlay=own)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        random = timm.create_model(name, num_classes=0)
-        torch.manual_seed(0)
         try:
-            network = timm.create_model(name, pretrained=True, num_classes=0, **local)
+            torch.manual_seed(0)
+            random = made()
+            torch.manual_seed(0)
+            network = made(pretrained=True)
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(
@@ -95,27 +110,28 @@ class SSMKE(nn.Module):
 
     Raises:
         UsageError: no teacher is named, or an option is out of range.
-        UserError: the teacher's weights cannot be loaded.
+        UsageError, UserError: what :class:`Teacher` raises.
     """
 
     LOSSES = ("itc", "kd")
     CACHES_CONTRAST: ClassVar[bool] = True
     MORE_CAPTIONS: ClassVar[bool] = True
     RECIPE: ClassVar[dict[str, Any]] = {
-        "model": {"fusion": "shared"},
+        "model": {"fusion": "shared", "image_layers": 6},
         "pretrain": {"losses": {"itc": {}, "kd": {}}},
+        # Of the final output alone: that is what is embedded.
         "finetune": {"objective": "clip", "losses": {"itc": {}}},
     }
 
     @dataclass(frozen=True)
     class Config:
-        """``teacher`` is any timm model, ``teacher_weights`` ``hub`` or a local file of it.
+        """``teacher`` and ``teacher_weights``: as :class:`Teacher` takes them.
 
         ``bank_size``: teacher features kept of earlier batches (the paper: 65,536).
         """
 
         teacher: str = ""
-        teacher_weights: str = "hub"
+        teacher_weights: str = ""
         bank_size: int = 4096
 
     def __init__(self, model: VLM, tokenizer: Tokenizer, config: Config) -> None:
@@ -129,8 +145,8 @@ class SSMKE(nn.Module):
             raise UsageError("options.bank_size must be 0 or more")
         if not config.teacher:
             raise UsageError(
-                "s_smke learns from a teacher: name a timm model with --teacher, and a local file "
-                "of its weights with --teacher-weights where there is no network"
+                "s_smke learns from a teacher: name a timm model with --teacher; where there is no "
+                "network, its local folder, or a local file of its weights with --teacher-weights"
             )
         self.model, self.config = model, config
         self.teacher = Teacher(config.teacher, config.teacher_weights)

@@ -84,10 +84,10 @@ class ProjectedVICReg(nn.Module):
         """The terms in ``active`` with their trivial values.
 
         Raises:
-            UsageError: the model projects patches and words, or there is but one pair.
+            UsageError: there is but one pair.
         """
         # Gathered first: the expander's batch norm is that of the global batch.
-        gathered = [gather(x) for x in self.projections.of(*TERMS)]
+        gathered = [gather(x) for x in self.projections.of(batch)]
         _require_pairs(len(gathered[0]))
         a, b = (self.expander(x).float() for x in gathered)
         return vicreg_terms([a, b], [(a, b)], active)

@@ -48,13 +48,9 @@ class WordPrediction(nn.Module):
         self.register_buffer("mass", torch.full((vocab_size,), 1 / vocab_size))
 
     def forward(self, active: Set[str], batch: Batch) -> Losses:
-        """The loss of all processes' pictures, the mean of both sides, and its trivial value.
-
-        Raises:
-            UsageError: the model projects patches and words.
-        """
+        """The loss of all processes' pictures, the mean of both sides, and its trivial value."""
         assert batch.words is not None
-        features = torch.stack(self.projections.of("words"))  # [2, B, P]
+        features = torch.stack(self.projections.of(batch))  # [2, B, P]
         target, guess = self._target(batch.words)
         # Unit vectors are short: at the length of a layer norm's the head learns at its usual rate.
         logits = self.head(F.normalize(features, dim=-1) * features.shape[-1] ** 0.5)

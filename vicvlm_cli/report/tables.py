@@ -84,6 +84,9 @@ def prepare_tables(result: Prepared) -> list[Group]:
         lines.append(f"partial: {manifest.partial}")
     if manifest.rejected:
         lines.append(f"left out: {_counted(manifest.rejected)}")
+    if manifest.rejected_captions:
+        kept = "captions left out of pictures that are kept"
+        lines.append(f"{kept}: {_counted(manifest.rejected_captions)}")
     return [_block(f"{manifest.source} ({manifest.split_name})", table, lines)]
 
 

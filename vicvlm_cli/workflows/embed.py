@@ -17,7 +17,7 @@ from vicvlm_cli.data.sources.files import stamp, walk
 from vicvlm_cli.errors import UsageError, UserError
 from vicvlm_cli.gallery.items import GalleryItem
 from vicvlm_cli.gallery.results import EmbedResult
-from vicvlm_cli.gallery.store import Gallery, check_output
+from vicvlm_cli.gallery.store import Gallery, check_output, read_header
 from vicvlm_cli.gallery.unfinished import Unfinished
 from vicvlm_cli.inference import IMAGE_BATCH, LoadedModel, autocast_dtype, encode_image_batches
 from vicvlm_cli.report.progress import Progress
@@ -47,7 +47,8 @@ def embed(
         source: a prepared data set, or a folder of pictures (subfolders and links to folders
             included, hidden files left out).
         output: the gallery's directory; None is `gallery` beside the checkpoint. A gallery that
-            is there is replaced, and what it holds of pictures that are unchanged is taken over.
+            is there is replaced, and what it holds of pictures that are unchanged is taken over;
+            one of another source only where `output` names it.
         split: of a prepared data set; None is all of them.
         views: of each picture, whose mean is its feature; None is the checkpoint's.
 
@@ -56,7 +57,8 @@ def embed(
 
     Raises:
         UserError: the source or checkpoint cannot be read, no picture can, or not half of those in
-            the gallery that is there; or `output` holds something else or cannot be written.
+            the gallery that is there; or `output` holds something else or cannot be written; or
+            it is None, and the gallery there is of another source.
     """
     source = Path(source)
     if batch_size < 1:
@@ -67,6 +69,7 @@ def embed(
             f"there is no folder {source}: name one with pictures, or a prepared data set"
         )
     model = load_model(checkpoint, eval_views=views)
+    by_default = output is None
     if output is None:
         output = model.info.path.parent / "gallery"
         progress.say(f"gallery: {output} (--output to change)")
@@ -79,6 +82,8 @@ def embed(
         items, load = _folder(source, unread, progress)
         if split is not None:
             progress.say(f"split: {split} is of no account, since {source} is a folder of pictures")
+    if by_default:
+        _check_source(output, source)
     dtype = autocast_dtype(model.device, model.precision)
     whole = Gallery(
         features=torch.empty(len(items), model.dim),
@@ -204,6 +209,22 @@ def _folder(
         name = os.path.splitext(path)[0]
         items.append(GalleryItem(path=path, id=name, stamp=f"{length} {mtime}"))
     return items, lambda item, size: load_rgb(source / item.path, at_least=size)
+
+
+def _check_source(output: Path, source: Path) -> None:
+    """Raises UserError where the gallery at `output` is of another source, perhaps of many hours.
+
+    Its splits are one source, and so is a folder that has become a prepared data set.
+    """
+    try:
+        there = read_header(output).get("source")
+    except UserError:  # there is none, or none that can be read
+        return
+    if there != str(source.resolve()):
+        raise UserError(
+            f"the gallery {output} is of {there} and not of {source}: choose another place with "
+            f"`vicvlm embed --output FOLDER`, or replace it with --output {output}"
+        )
 
 
 def _is_gone(source: Path, prepared: bool) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from vicvlm_cli.checkpoint import CheckpointInfo, load_model
+from vicvlm_cli.data.origins import seen_notes
 from vicvlm_cli.data.prepared import Manifest, PreparedDataset, Split
 from vicvlm_cli.device import keep_few_kernels
 from vicvlm_cli.errors import UsageError
@@ -106,6 +107,7 @@ def evaluate(
         data_title=part.title,
         precision=precision,
         image_size=size,
+        views=shown,
         notes=notes,
     )
 
@@ -137,18 +139,5 @@ def _approach(
 
 def _notes(manifest: Manifest, split: Split, info: CheckpointInfo) -> list[str]:
     """What makes these figures incomparable with others, or too good."""
-    notes = []
-    trained = info.data
-    if manifest.partial:
-        notes.append(f"the data set is partial ({manifest.partial})")
-    if trained.get("split_hash") == split.hash:
-        notes.append(f"the model was trained on this very split ({split.name})")
-    elif (
-        trained.get("source") == manifest.source
-        and trained.get("split_name") != manifest.split_name
-    ):
-        notes.append(
-            f"the model was trained on the {trained.get('split_name')} split of {manifest.source}, "
-            f"and this is the {manifest.split_name} split: it may have seen these images"
-        )
-    return notes
+    notes = [f"the data set is partial ({manifest.partial})"] if manifest.partial else []
+    return notes + seen_notes(manifest, split, info.origins)

@@ -95,6 +95,9 @@ def make_accelerator(config: TrainConfig, track: str, run: Path) -> Accelerator:
         UsageError: the device has no such precision, or the tracker's package is not installed.
     """
     precision = config.precision
+    if precision == "fp16" and PartialState().device.type == "cpu":
+        # accelerate would compute in float32 there and call it fp16.
+        raise UsageError("--precision fp16 does not work on a CPU: leave it out, or use bf16 or no")
     if precision == "auto":
         precision = "bf16" if supports_bf16(PartialState().device) else "no"
     if track != "none" and importlib.util.find_spec(track) is None:
@@ -118,7 +121,7 @@ def make_accelerator(config: TrainConfig, track: str, run: Path) -> Accelerator:
                 )
             ],
         )
-    except ValueError as error:  # such as fp16 on a CPU
+    except ValueError as error:  # such as bf16 on a GPU without it
         raise UsageError(
             f"--precision {precision} does not work here ({error}): leave it out, or use no"
         ) from error

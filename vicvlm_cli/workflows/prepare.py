@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -67,8 +67,8 @@ def prepare(
     """Prepare `source` from the raw files in `directory` into `output` (default DIR/SOURCE).
 
     `image_side` is the short side in pixels of the stored images, `max_bad` the tolerated fraction
-    of bad items, `sizes` the images of each split of `scenes`. Continues an interrupted run; does
-    nothing if the data set is there. Raises UserError: no raw files, too many bad items.
+    of bad pictures, `sizes` the images of each split of `scenes`. Continues an interrupted run;
+    does nothing if the data set is there. Raises UserError: no raw files, too many bad pictures.
     """
     if image_side < 1:
         raise UsageError(f"the image side must be at least 1 pixel, not {image_side}")
@@ -102,7 +102,10 @@ def prepare(
         manifest = _build(listing, output, fingerprint, image_side, max_bad, workers, progress)
     except OSError as error:  # what is unreadable among the raw files never comes this far
         raise UserError(f"cannot write to {output}: {error.strerror or error}") from None
-    return PrepareResult(output, manifest, False, _warnings(listing, manifest))
+    warnings = _warnings(listing, manifest)
+    if finished is not None and finished.source == source != "scenes":
+        warnings += _moved(finished.split_name, manifest.split_name)
+    return PrepareResult(output, manifest, False, warnings)
 
 
 def _build(
@@ -121,7 +124,13 @@ def _build(
     _fill(writer, listing, image_side, max_bad, workers or os.cpu_count() or 1, progress)
     if not writer.counts():
         raise UserError(f"no image of {listing.source} is usable; see {output / REJECTED}")
+    lost = Counter(
+        item.reason
+        for item in listing.rejected
+        if item.of_caption and item.image_id not in writer.lost
+    )
     return writer.finish(
+        rejected_captions=dict(lost),
         source=listing.source,
         split_name=listing.split_name,
         partial=partial_text(writer.counts(), listing.expected),
@@ -193,7 +202,7 @@ def _encoded(
 
 
 class _Gate:
-    """Passes rejected items on to the writer until there are too many."""
+    """Passes rejected items on to the writer until too many pictures are left out."""
 
     def __init__(self, writer: ShardWriter, listing: Listing, max_bad: float) -> None:
         self.writer = writer
@@ -202,12 +211,12 @@ class _Gate:
 
     def reject(self, rejected: Rejected, settled: bool = True) -> None:
         self.writer.reject(rejected, settled)
-        bad, total = len(self.writer.rejected), self.listing.total
+        bad, total = len(self.writer.lost), self.listing.total
         if bad <= self.max_bad * total:
             return
         self.writer.write_rejected()
         first = ", ".join(
-            f"{escaped(item.image_id)} ({item.reason})" for item in islice(self.writer.rejected, 5)
+            f"{escaped(name)} ({reason})" for name, reason in islice(self.writer.lost.items(), 5)
         )
         raise UserError(
             f"at least {bad:,} of {total:,} images are bad, more than --max-bad "
@@ -224,7 +233,21 @@ def _warnings(listing: Listing, manifest: Manifest) -> list[str]:
             f"this is a part of {manifest.source}: {manifest.partial}; "
             f"it will be called partial wherever it is used"
         )
-    if manifest.rejected:
-        reasons = ", ".join(f"{number:,} {reason}" for reason, number in manifest.rejected.items())
-        warnings.append(f"left out: {reasons} (listed in {REJECTED})")
+    for what, rejected in (
+        ("left out", manifest.rejected),
+        ("captions left out of pictures that are kept", manifest.rejected_captions),
+    ):
+        if rejected:
+            reasons = ", ".join(f"{number:,} {reason}" for reason, number in rejected.items())
+            warnings.append(f"{what}: {reasons} (listed in {REJECTED})")
     return warnings
+
+
+def _moved(before: str, now: str) -> list[str]:
+    """What to say where a data set takes the place of one with another split."""
+    if before == now:
+        return []
+    return [
+        f"the data set that was there had the split {before}, and this one has {now}: a model "
+        "trained on that one may have seen pictures that are now in val or test"
+    ]

@@ -11,7 +11,7 @@ from vicvlm_cli.checkpoint import load_model
 from vicvlm_cli.data.images import BadImage, load_rgb
 from vicvlm_cli.errors import UsageError, UserError
 from vicvlm_cli.gallery.results import Hit, RetrieveResult
-from vicvlm_cli.gallery.store import Gallery
+from vicvlm_cli.gallery.store import Gallery, check_model
 from vicvlm_cli.inference import LoadedModel
 from vicvlm_cli.report.progress import Progress
 from vicvlm_cli.report.sheet import Cell, check_sheet, contact_sheet, save_sheet
@@ -77,7 +77,7 @@ def retrieve(
         features = model.encode_texts([text])
         _warn_of_unknown(text, model, progress)
     else:
-        features = model.encode_images([image])
+        features = model.encode_images([image], views=stored.views)
     wanted = max(top_k, CANDIDATES) if rerank else top_k
     scores, rows = (found[0] for found in stored.search(features, wanted, of_words=image is None))
     cosines = scores
@@ -134,12 +134,7 @@ def _model_of(
             )
         progress.say(f"checkpoint: {checkpoint} (made this gallery; --checkpoint to change)")
     model = load_model(checkpoint)
-    if model.info.sha256 != gallery.model_sha256:
-        raise UserError(
-            f"the gallery {path} was made by another model ({gallery.model_sha256[:8]}, then at "
-            f"{gallery.model_path}) than {checkpoint} ({model.info.sha256[:8]}): "
-            "run `vicvlm embed` again with this one"
-        )
+    check_model(gallery, path, model)
     return model
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from accelerate.utils import broadcast_object_list
 
 from vicvlm_cli import config as configs
 from vicvlm_cli.checkpoint import FILE_NAME, load_model, save_model
+from vicvlm_cli.data.origins import origin_of
 from vicvlm_cli.data.prepared import PreparedDataset
 from vicvlm_cli.data.tokenizer import Tokenizer
 from vicvlm_cli.evaluation.evaluate import evaluate_split
@@ -39,6 +40,7 @@ class Job:
     run: Path
     position: Position
     state: Path | None = None
+    before: list[dict[str, Any]] = field(default_factory=list)  # origins of what it starts from
 
     @property
     def train(self) -> TrainConfig:
@@ -46,14 +48,10 @@ class Job:
 
     @property
     def origin(self) -> dict[str, Any]:
-        split, manifest = self.dataset.split("train"), self.dataset.manifest
-        return {
-            "source": manifest.source,
-            "split_name": manifest.split_name,
-            "split": "train",
-            "split_hash": split.hash,
-            "partial": manifest.partial,
-        }
+        """What the checkpoint says of its data, and of those that it was trained on before."""
+        own = origin_of(self.dataset)
+        before = [origin for origin in self.before if origin != own]
+        return own | ({"before": before} if before else {})
 
 
 class Session:
@@ -130,6 +128,7 @@ class Session:
             "split_hash": job.dataset.split("train").hash,
             "position": asdict(job.position),
             "num_processes": self.accelerator.num_processes,
+            "before": job.before,
         }
         save_run_state(self.accelerator, job.run / "state", job.tokenizer, description)
 

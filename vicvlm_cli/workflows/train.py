@@ -11,6 +11,8 @@ from accelerate.utils import set_seed
 
 from vicvlm_cli import config as configs
 from vicvlm_cli.checkpoint import FILE_NAME, load_model
+from vicvlm_cli.data.caption_check import caption_warning
+from vicvlm_cli.data.origins import seen_notes
 from vicvlm_cli.data.prepared import PreparedDataset
 from vicvlm_cli.data.tokenizer import Tokenizer
 from vicvlm_cli.errors import UsageError, UserError
@@ -40,6 +42,7 @@ PRESET_OF_SOURCE = {
     "folder": "vicvlm-tiny-photos",
 }
 DEFAULT_PRESET = "vicvlm-small-flickr30k"
+MASKED = ("mim", "joint_mim")  # what --target is of
 
 
 def pretrain(
@@ -80,6 +83,14 @@ def pretrain(
         source = dataset.manifest.source
         progress.say(f"preset: {preset} (default for {source}; --preset to change)")
     config = configs.load_config(preset, config_file, overrides, recipe_of=recipe_of)
+    named = any(word.startswith("pretrain.options.target=") for word in overrides)
+    masked = [config.pretrain.losses[name] for name in MASKED if name in config.pretrain.losses]
+    if named and masked and not any(loss.weight for loss in masked):
+        progress.say(
+            "warning: --target is of masked image modelling, which is off: mim and joint_mim have "
+            "weight 0; --set 'pretrain.losses.mim={weight = 0.1, start = 0.5, ramp = 0.1, every = "
+            "2}' turns it on"
+        )
     with run_folder("pretrain", dataset, output, progress) as run:
         accelerator = make_accelerator(config.pretrain, track, run)
         split = dataset.split("train")
@@ -90,6 +101,15 @@ def pretrain(
             tokenizer = Tokenizer.train(captions, config.model.vocab_size)
         set_seed(config.pretrain.seed)
         model = create_model(config.model, tokenizer.vocab_size)
+        if accelerator.is_main_process and (
+            told := caption_warning(
+                split.captions,
+                tokenizer,
+                model.config.max_tokens,
+                pretrained=bool(config.model.text_encoder),
+            )
+        ):
+            progress.say(f"warning: {told}")
         job = Job("pretrain", config, model, tokenizer, dataset, run, Position())
         return train(job, accelerator, trace, progress)
 
@@ -128,6 +148,10 @@ def finetune(
         accelerator = make_accelerator(config.finetune, track, run)
         set_seed(config.finetune.seed)
         job = Job("finetune", config, loaded.vlm, loaded.tokenizer, dataset, run, Position())
+        job.before = loaded.info.origins
+        if "val" in dataset.splits:
+            for note in seen_notes(dataset.manifest, dataset.split("val"), job.before):
+                progress.say(f"warning: on val, which chooses the weights: {note}")
         return train(job, accelerator, trace, progress)
 
 
@@ -168,7 +192,8 @@ def _job_of(
     accelerator = make_accelerator(train, track, run)
     set_seed(train.seed)
     model = build_model(configs.from_dict(ModelConfig, description["model"]))
-    return Job(kind, config, model, tokenizer, dataset, run, position, state), accelerator
+    before = description.get("before", [])  # states of earlier versions do not say
+    return Job(kind, config, model, tokenizer, dataset, run, position, state, before), accelerator
 
 
 def _why_not(run: Path) -> str:

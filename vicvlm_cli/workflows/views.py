@@ -122,7 +122,7 @@ def make_views(
         drop_views(folder)
         size = np.prod(shape, dtype=np.int64) * 2 / 1e9
         progress.say(
-            f"{number} views of each picture go through {config.frozen_blocks} frozen blocks first "
+            f"{number} views of each picture go through {encoder.frozen} frozen blocks first "
             f"({size:.1f} GB in {path}, until the run is over)"
         )
         write_array(

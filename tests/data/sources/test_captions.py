@@ -108,6 +108,54 @@ def test_kaggle_captions_with_quotes_and_commas(tmp_path: Path) -> None:
     ]
 
 
+HEAD = "file_name,caption,lang\n"
+
+
+def test_a_delimiter_in_a_caption_without_quotes_is_its_own_or_is_told(tmp_path: Path) -> None:
+    text = 'lang,file_name,caption\nen,a.jpg,a dog, wet\nen,b.jpg,a cat,,\nen,c.jpg,"x, y"\n'
+    entries = read_table(raw(tmp_path, "captions.csv", text))
+    assert [entry.captions for entry in entries] == [["a dog, wet"], ["a cat"], ["x, y"]]
+    text = 'file_name,captions\na.jpg,["x", "y"]\n'
+    assert read_table(raw(tmp_path, "captions.csv", text))[0].captions == ["x", "y"]
+    for row in ("a.jpg,a dog, wet,en", "a.jpg,a dog, wet,"):
+        with pytest.raises(UserError) as error:
+            read_table(raw(tmp_path, "captions.csv", f'{HEAD}b.jpg,"two\nlines",en\n{row}\n'))
+        assert str(error.value) == (
+            f"{tmp_path / 'captions.csv'}, line 4: 4 cells below a header of 3, so that it is open "
+            "where the caption ends: if a ',' is part of it, put such a caption in quotation marks"
+        )
+    text = "file_name\tcaption\tlang\na.jpg\ta\tdog\ten\n"
+    with pytest.raises(UserError, match="line 2: 4 cells .* a tab is part of it, put such"):
+        read_table(raw(tmp_path, "captions.tsv", text))
+    with pytest.raises(UserError, match=r"line 2: 4 cells .* a '\|' is part of it, take it out"):
+        read_table(raw(tmp_path, "captions.csv", "image|caption|lang\na.jpg|a | dog|en\n"))
+
+
+def test_a_row_without_its_last_cell_keeps_its_caption(tmp_path: Path) -> None:
+    text = f"{HEAD}a.jpg,2 dogs on a beach\nb.jpg,two,en\n"
+    entries = read_table(raw(tmp_path, "captions.csv", text))
+    assert [entry.captions for entry in entries] == [["2 dogs on a beach"], ["two"]]
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        *((name, True) for name in ("caption_de", "captions", "caption2", "alt_text", "comment")),
+        *((name, False) for name in ("caption_id", "comment_number", "texture", "split", "lang")),
+    ],
+)
+def test_further_captions_that_are_not_read_are_told(tmp_path: Path, name: str, told: bool) -> None:
+    read, name = ("captions", "caption") if name == "captions" else ("caption", name)
+    warnings: list[str] = []
+    table = raw(tmp_path, "captions.csv", f"file_name,{name},{read}\na.jpg,ein Hund,a dog\n")
+    lines = raw(tmp_path, "captions.jsonl", {"file_name": "a.jpg", read: "a dog", name: "Hund"})
+    assert read_table(table, warnings)[0].captions == ["a dog"]
+    assert read_jsonl(lines, warnings)[0].captions == ["a dog"]
+    assert len(warnings) == 2 * told
+    for warning, file in zip(warnings, (table, lines), strict=False):
+        assert warning.startswith(f"{file}: captions are read from {read} alone, not from {name};")
+
+
 def test_a_caption_of_several_lines_is_one_but_an_open_quote_is_told(tmp_path: Path) -> None:
     head = 'file_name,caption\na.jpg,"one\ntwo"\n'
     assert read_table(raw(tmp_path, "captions.csv", head)) == [("a.jpg", None, ["one\ntwo"])]

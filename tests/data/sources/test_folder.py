@@ -83,10 +83,22 @@ def test_a_text_file_beside_each_picture_and_a_split_by_chance(tmp_path: Path) -
     listing = find_source("folder", tmp_path, seed=1)
     assert captions(listing)["3.png"] == ("picture 3", "number 3")
     assert [(bad.image_id, bad.reason) for bad in listing.rejected] == [("0.png", "no caption")]
-    assert listing.split_name == "random-seed1"
+    assert listing.split_name == "random-hash-seed1"
     assert Counter(splits(listing).values()) == {"train": 33, "val": 3, "test": 3}
     assert splits(find_source("folder", tmp_path, seed=1)) == splits(listing)
     assert splits(find_source("folder", tmp_path, seed=2)) != splits(listing)
+
+
+def test_a_picture_more_moves_none_out_of_train(tmp_path: Path) -> None:
+    names = [f"{i}.png" for i in range(30)]
+    pictures(tmp_path, *names, "new.png")
+    jsonl(tmp_path / "captions.jsonl", *({"file_name": n, "caption": "x"} for n in names))
+    before = splits(find_source("folder", tmp_path))
+    rows = [{"file_name": n, "caption": "x"} for n in ["new.png", *names]]
+    jsonl(tmp_path / "captions.jsonl", *rows)
+    after = splits(find_source("folder", tmp_path))
+    moved = [(before[name], after[name]) for name in names if before[name] != after[name]]
+    assert len(moved) <= 1 and all(now == "train" for _, now in moved)  # for the new one's sake
 
 
 def test_another_split_can_be_asked_for(tmp_path: Path) -> None:
@@ -94,7 +106,7 @@ def test_another_split_can_be_asked_for(tmp_path: Path) -> None:
     jsonl(tmp_path / "captions.jsonl", {"file_name": "a.png", "caption": "x", "split": "test"})
     assert splits(find_source("folder", tmp_path)) == {"a.png": "test"}
     by_chance = find_source("folder", tmp_path, split_scheme="random")
-    assert (by_chance.split_name, splits(by_chance)) == ("random-seed0", {"a.png": "train"})
+    assert (by_chance.split_name, splits(by_chance)) == ("random-hash-seed0", {"a.png": "train"})
     with pytest.raises(UsageError, match="allow no split 'karpathy'; they allow given, random"):
         find_source("folder", tmp_path, split_scheme="karpathy")
 
@@ -116,6 +128,28 @@ def test_bad_rows_are_told(tmp_path: Path) -> None:
         ("b.png", "no split"),
     }
     assert splits(listing) == {"a.png": "train"}
+
+
+@pytest.mark.parametrize("name", ["captions.csv", "captions.jsonl"])
+def test_names_outside_the_folder_alone_are_told(tmp_path: Path, name: str) -> None:
+    pictures(tmp_path, "a.png", "b.png")
+    if name == "captions.csv":
+        rows = [f"{tmp_path / picture},x\n" for picture in ("a.png", "b.png", "a.png")]
+        (tmp_path / name).write_text("".join(["file_name,caption\n", *rows]))
+    else:
+        rows = [{"file_name": f"../{i}.png", "caption": "x"} for i in "ab"]
+        jsonl(tmp_path / name, *rows)
+    with pytest.raises(UserError) as error:
+        find_source("folder", tmp_path)
+    assert not isinstance(error.value, NothingFound)  # which an older prepared data set outlives
+    assert f"all 2 names in the captions of {tmp_path} are absolute or" in str(error.value)
+
+
+def test_captions_that_are_not_read_are_told(tmp_path: Path) -> None:
+    pictures(tmp_path, "a.png")
+    (tmp_path / "captions.csv").write_text("file_name,caption,caption_de\na.png,a dog,ein Hund\n")
+    (warning,) = find_source("folder", tmp_path).warnings
+    assert "not from caption_de" in warning
 
 
 def test_unicode_names_match_however_they_are_composed(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_a_folder_of_pictures_without_a_split_gets_one_by_chance(tmp_path: Path)
         rows.append(json.dumps({"file_name": f"{i}.png", "caption_0": f"a{i}", "caption_1": "b"}))
     (repo / "metadata.jsonl").write_text("\n".join(rows))
     listing = find_source("folder", tmp_path, from_hub=str(repo))
-    assert listing.split_name == "random-seed0"
+    assert listing.split_name == "random-hash-seed0"
     assert Counter(item.split for item in listing.items()) == {"train": 8, "val": 1, "test": 1}
     for item, pic in listing.stream(set()):
         assert item.captions == (f"a{load_rgb(draw(pic)).getpixel((0, 0))[0]}", "b")

@@ -103,7 +103,7 @@ def test_token_file_alone_gets_a_named_split_by_chance(tmp_path: Path) -> None:
     pictures(tmp_path / "flickr30k-images")
     token(tmp_path / "results_20130124.token")
     listing = find_source("flickr30k", tmp_path, seed=3)
-    assert listing.split_name == "random-seed3"
+    assert listing.split_name == "random-hash-seed3"
     assert Counter(splits(listing).values()) == {"train": 2, "val": 1, "test": 1}
     assert splits(find_source("flickr30k", tmp_path, seed=3)) == splits(listing)
     assert "no Karpathy split file" in listing.warnings[0]
@@ -127,7 +127,7 @@ def test_entities_lists_are_another_named_split(tmp_path: Path) -> None:
     chosen = find_source("flickr30k", tmp_path, split_scheme="entities")
     assert (chosen.split_name, splits(chosen), chosen.warnings) == ("entities", entities, [])
     by_chance = find_source("flickr30k", tmp_path, split_scheme="random")
-    assert by_chance.split_name == "random-seed0"
+    assert by_chance.split_name == "random-hash-seed0"
     with pytest.raises(UsageError, match="allow no split 'official'.*karpathy, entities, random"):
         find_source("flickr30k", tmp_path, split_scheme="official")
 
@@ -159,7 +159,7 @@ def test_flickr8k_kaggle_captions(tmp_path: Path) -> None:
     (tmp_path / "flickr8k" / "captions.txt").write_text("\n".join(["image,caption", *rows]))
     listing = find_source("flickr8k", tmp_path)
     assert set(splits(listing)) == set(NAMES)
-    assert listing.split_name == "random-seed0"
+    assert listing.split_name == "random-hash-seed0"
 
 
 COCO_SPLIT = {

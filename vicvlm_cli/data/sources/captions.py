@@ -15,6 +15,12 @@ from vicvlm_cli.errors import UserError
 
 IMAGE_KEYS = ("file_name", "filename", "image_name", "image", "path")
 CAPTION_KEYS = ("captions", "caption", "text", "comment", "sentences")
+# Further captions: caption_de, text2, alt_caption; but not caption_id or comment_number.
+_FURTHER = re.compile(
+    r"(\w+[_ -])?(caption|text|comment|sentence)s?"
+    r"(\d+|[_ -](?!id|num|count|len|lang|score|source)\w+)?",
+    re.IGNORECASE,
+)
 
 
 class Captioned(NamedTuple):
@@ -96,10 +102,12 @@ def read_token(file: RawFile) -> list[Captioned]:
     return result
 
 
-def read_table(file: RawFile) -> list[Captioned]:
+def read_table(file: RawFile, warnings: list[str] | None = None) -> list[Captioned]:
     """.csv, .tsv, Kaggle's results.csv (with '|') and captions.txt: columns found by the header.
 
-    Raises UserError: no such columns, or a quotation mark that swallows other rows.
+    Columns of further captions, which are not read, are told in `warnings`. Raises UserError: no
+    such columns, a quotation mark that swallows other rows, or a row that has more cells than the
+    header and whose caption is not the last.
     """
     text = read_text(file)
     header, _, body = text.partition("\n")
@@ -111,12 +119,21 @@ def read_table(file: RawFile) -> list[Captioned]:
         raise UserError(
             f"{file} needs a header with file_name and caption (it has: {', '.join(columns)})"
         )
+    _tell_unread(file, columns, {columns[caption]}, warnings)
     split = columns.index("split") if "split" in columns else None
     result = []
-    for row in _rows(file, body, delimiter):
+    for line, row in _rows(file, body, delimiter):
         if not any(cell.strip() for cell in row):
             continue
-        row = _mended(row, len(columns))
+        if delimiter == "|":
+            row = _mended(row, len(columns))
+        if len(row) > len(columns):
+            if caption < len(columns) - 1:
+                raise _too_many(file, line, len(row), len(columns), delimiter)
+            # What a caption in the last column holds of the delimiter is its own, but for Kaggle's
+            # stray '|' and for the empty cells that some programs end a row with.
+            glue = " " if delimiter == "|" else delimiter
+            row = [*row[:caption], glue.join(row[caption:]).rstrip(f"{delimiter} ")]
         cell = row[caption].strip() if caption < len(row) else ""
         name = row[image].strip() if image < len(row) else ""
         said = json_list(cell) if columns[caption] == "captions" else [cell]
@@ -125,22 +142,30 @@ def read_table(file: RawFile) -> list[Captioned]:
     return result
 
 
-def read_jsonl(file: RawFile) -> list[Captioned]:
-    """captions.jsonl, metadata.jsonl: an object a line with file_name, caption(s), maybe split."""
+def read_jsonl(file: RawFile, warnings: list[str] | None = None) -> list[Captioned]:
+    """captions.jsonl, metadata.jsonl: an object a line with file_name, caption(s), maybe split.
+
+    Keys of further captions, which are not read, are told in `warnings`.
+    """
     result = []
+    keys: dict[str, None] = {}  # a set that keeps the order
+    read = set()
     for number, line in enumerate(read_text(file).split("\n"), start=1):
         if not line.strip():
             continue
         try:
             entry = json.loads(line)
             name = next(entry[key] for key in IMAGE_KEYS if key in entry)
-            said = next(entry[key] for key in CAPTION_KEYS if key in entry)
+            caption = next(key for key in CAPTION_KEYS if key in entry)
         except ValueError:
             raise UserError(f"{file}, line {number}: not valid JSON") from None
         except (StopIteration, TypeError):
             raise UserError(f"{file}, line {number}: needs file_name and caption") from None
-        split = entry.get("split")
-        result.append(Captioned(str(name), split_name(split) if split else None, as_list(said)))
+        read.add(caption)
+        keys |= dict.fromkeys(entry)
+        split = split_name(entry["split"]) if entry.get("split") else None
+        result.append(Captioned(str(name), split, as_list(entry[caption])))
+    _tell_unread(file, keys, read, warnings)
     return result
 
 
@@ -185,8 +210,20 @@ def json_list(cell: str) -> list[str]:
     return as_list(value)
 
 
-def _rows(file: RawFile, body: str, delimiter: str) -> Iterator[list[str]]:
-    """The rows of a table below its header."""
+def _tell_unread(
+    file: RawFile, names: Iterable[str], read: set[str], warnings: list[str] | None
+) -> None:
+    """Put into `warnings` which of `names` look like captions beside those that are `read`."""
+    others = [name for name in names if name not in read and _FURTHER.fullmatch(name)]
+    if others and warnings is not None:
+        warnings.append(
+            f"{file}: captions are read from {' and '.join(sorted(read))} alone, not from "
+            f"{', '.join(others)}; give each of these a row of its own to have it read"
+        )
+
+
+def _rows(file: RawFile, body: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """The rows of a table below its header, each with the number of its first line."""
     lines = list(io.StringIO(body, newline=""))
     if delimiter == "|":  # Kaggle's results.csv quotes nothing, but some captions begin with "
         reader = csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE)
@@ -207,16 +244,23 @@ def _rows(file: RawFile, body: str, delimiter: str) -> Iterator[list[str]]:
             ) from None
         if row is None:
             return
-        yield row
+        yield first + 2, row
 
 
 def _mended(row: list[str], columns: int) -> list[str]:
-    """Kaggle's results.csv has one row without its second '|', and captions may hold a '|'."""
+    """Kaggle's results.csv has one row without its second '|'."""
     if len(row) == columns - 1 and (found := re.match(r"\s*(\d+)\s+(.+)", row[-1])):
         return [*row[:-1], found[1], found[2]]
-    if len(row) > columns:
-        return [*row[: columns - 1], " ".join(row[columns - 1 :])]
     return row
+
+
+def _too_many(file: RawFile, line: int, cells: int, columns: int, delimiter: str) -> UserError:
+    sign = "tab" if delimiter == "\t" else f"'{delimiter}'"
+    mend = "take it out" if delimiter == "|" else "put such a caption in quotation marks"
+    return UserError(
+        f"{file}, line {line}: {cells} cells below a header of {columns}, so that it is open where "
+        f"the caption ends: if a {sign} is part of it, {mend}"
+    )
 
 
 def _foreign(file: RawFile, what: str) -> UserError:

@@ -28,9 +28,11 @@ from vicvlm_cli.data.sources.listing import (
     Rejected,
     collect,
     digest_of,
+    escaped,
     settle_split,
     total_of,
 )
+from vicvlm_cli.errors import UserError
 
 DEPTH = 20
 HOW = (
@@ -43,7 +45,8 @@ def list_folder(directory: Path, *, seed: int, split_scheme: str | None) -> List
     """Read the captions of a folder of pictures.
 
     The split is the one the captions give, or that of folders called train, val and test, or one
-    by chance. Raises NothingFound: no pictures, or no captions; UserError: a damaged file.
+    by chance. Raises NothingFound: no pictures, or no captions; UserError: a damaged file, or
+    names outside the folder alone.
     """
     prepared = directory / "prepared"
     unreadable: dict[Path, str] = {}
@@ -59,7 +62,14 @@ def list_folder(directory: Path, *, seed: int, split_scheme: str | None) -> List
         raise NothingFound(
             f"there are no pictures in {directory}; put them there, and {HOW}{unread}"
         )
-    entries, rejected = _entries(directory, files, pictures)
+    entries, rejected = _entries(directory, files, pictures, warnings)
+    if rejected and not entries:  # an older prepared data set does not stand for these
+        names = list(dict.fromkeys(escaped(bad.image_id) for bad in rejected))
+        raise UserError(
+            f"all {len(names):,} names in the captions of {directory} are absolute or lead outside "
+            f"the folder (the first is {names[0]}): name each picture as seen from the file with "
+            "the captions, like sea/dog.jpg"
+        )
     if not entries:
         raise NothingFound(
             f"the {len(pictures):,} pictures in {directory} have no captions; {HOW}{unread}"
@@ -139,8 +149,9 @@ def _listed(directory: Path, files: dict[str, Path], names: set[str]) -> dict[st
 
 
 def _entries(
-    directory: Path, files: dict[str, Path], pictures: list[str]
+    directory: Path, files: dict[str, Path], pictures: list[str], warnings: list[str]
 ) -> tuple[list[Captioned], list[Rejected]]:
+    """The captions of all files that hold some, and names outside the folder."""
     tables = [
         path
         for path in files.values()
@@ -152,7 +163,7 @@ def _entries(
     for path in tables:
         reader = read_jsonl if path.suffix.lower() == ".jsonl" else read_table
         above = tidy(path.relative_to(directory).parent.as_posix())
-        for entry in reader(RawFile(path)):
+        for entry in reader(RawFile(path), warnings):
             if escapes(entry.image):
                 rejected.append(Rejected(entry.image, entry.split or "", "outside the folder"))
                 continue

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
@@ -14,6 +13,8 @@ from vicvlm_cli.data.images import ImageSource
 from vicvlm_cli.errors import UsageError, UserError
 
 RANDOM = "random"
+# Reasons that leave out captions alone: of a picture that has none left, "no caption" is told too.
+OF_CAPTIONS = ("empty caption", "caption is not UTF-8", "in two splits")
 SPLITS = ("train", "val", "test")
 SPLIT_ALIASES = {"dev": "val", "valid": "val", "validation": "val", "restval": "train"}
 
@@ -39,6 +40,11 @@ class Rejected:
     image_id: str
     split: str
     reason: str
+
+    @property
+    def of_caption(self) -> bool:
+        """Whether this alone leaves the picture in."""
+        return self.reason in OF_CAPTIONS
 
 
 # A picture, or how to draw or fetch it in a worker thread (either may raise BadImage).
@@ -117,7 +123,7 @@ def collect(
             rejected.append(Rejected(image_id, split, "name is not UTF-8"))
             continue
         if first.setdefault(key, (image_id, split))[1] != split:
-            rejected.append(Rejected(image_id, split, "in two splits"))
+            rejected += [Rejected(image_id, split, "in two splits") for _ in texts]
             continue
         said = captions.setdefault(key, [])
         for text in texts:
@@ -166,7 +172,8 @@ def settle_split(
             kept[key] = replace(item, split=split)
         else:
             rejected.append(Rejected(item.image_id, "", "no split"))
-    return kept, f"random-seed{seed}" if name == RANDOM else name, rejected
+    # "random-seed0" was another split by chance, which earlier versions made.
+    return kept, f"random-hash-seed{seed}" if name == RANDOM else name, rejected
 
 
 def check_scheme(wanted: str | None, found: Iterable[str], where: str) -> None:
@@ -177,11 +184,14 @@ def check_scheme(wanted: str | None, found: Iterable[str], where: str) -> None:
 
 
 def random_split(keys: list[str], seed: int) -> dict[str, str | None]:
-    """A split by chance: a tenth each for val and test, at most 1,000; the same for a seed."""
-    keys = sorted(keys)
-    random.Random(f"split/{seed}").shuffle(keys)
+    """A split by chance: a tenth each for val and test, at most 1,000; the same for a seed.
+
+    Each key has a place of its own in the order, test at one end and val at the other, so that it
+    keeps its split when others come or go, but for few at the two borders.
+    """
+    keys = sorted(keys, key=lambda key: digest_of("split", seed, key))
     held = min(1000, max(1, len(keys) // 10)) if len(keys) >= 3 else 0
     return {
-        key: "test" if i < held else "val" if i < 2 * held else "train"
+        key: "test" if i < held else "val" if i >= len(keys) - held else "train"
         for i, key in enumerate(keys)
     }
