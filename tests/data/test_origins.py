@@ -37,7 +37,10 @@ def test_an_origin_is_the_train_split(tiny_data: Path) -> None:
     ("trained", "words"),
     [
         (origin("folder", NAME, "new"), None),
-        (origin("folder", NAME), f"another train split of folder ({NAME}) than this data set has"),
+        (
+            origin("folder", NAME),
+            f"another data set of source folder ({NAME}), or on this one before it changed",
+        ),
         # What a checkpoint of an earlier version was trained on.
         (origin("folder", "random-seed0"), "on the random-seed0 split of folder, and this is the"),
         (origin("flickr8k", "karpathy", "t"), "on this very split (test)"),

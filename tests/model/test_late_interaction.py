@@ -136,13 +136,14 @@ def slow_hinge(scores: Tensor, ids: list[int], hardest: bool) -> Tensor:
         if hardest:
             total = total + sum((max(0.0 * c[0], *c) for c in costs), total * 0) / len(ids)
         else:
-            within = [x for c in costs for x in c if float(x) > 0]
+            within = [x for c in costs for x in c if float(x.detach()) > 0]
             total = total + torch.stack(within).mean()
     return total
 
 
-@pytest.mark.parametrize(("direction", "pool"), WAYS)
-@pytest.mark.parametrize("mean_steps", [0, 5])
+@pytest.mark.parametrize(
+    ("direction", "pool", "mean_steps"), [*((*way, 0) for way in WAYS), (*WAYS[0], 5)]
+)
 def test_scan_is_the_hinge_of_the_slow_scores(direction: str, pool: str, mean_steps: int) -> None:
     options = {"direction": direction, "pool": pool}
     model = make_model(fusion="stacked_attention", fusion_options=options)
@@ -150,7 +151,7 @@ def test_scan_is_the_hinge_of_the_slow_scores(direction: str, pool: str, mean_st
         objective="scan", losses={"hinge": LossConfig()}, options={"mean_steps": mean_steps}
     )
     objective = create_objective(model, make_tokenizer(), config).train()
-    batch, ids = make_batch(4), [4, 7, 4, 9]  # two pairs of one picture: no negatives
+    batch, ids = make_batch(3), [4, 7, 4]  # two pairs of one picture: no negatives
     batch.image_id = torch.tensor(ids)
     patches = model.image_projection(model.image_encoder(model.normalize(batch.image))[:, 1:])
     words = model.text_projection(model.text_encoder(batch.input_ids, batch.attention_mask))

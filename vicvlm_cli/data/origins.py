@@ -41,8 +41,8 @@ def seen_notes(manifest: Manifest, split: Split, origins: Iterable[Mapping[str, 
             )
         elif same and trained.get("split_hash") != train and not _is_fixed(manifest):
             notes.append(
-                f"the model was trained on another train split of {manifest.source} ({own}) than "
-                "this data set has now: it may have been trained on some of these images"
+                f"the model was trained on another data set of source {manifest.source} ({own}), "
+                "or on this one before it changed: then it may have seen some of these images"
             )
     return list(dict.fromkeys(notes))
 

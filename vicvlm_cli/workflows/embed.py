@@ -222,8 +222,9 @@ def _check_source(output: Path, source: Path) -> None:
         return
     if there != str(source.resolve()):
         raise UserError(
-            f"the gallery {output} is of {there} and not of {source}: choose another place with "
-            f"`vicvlm embed --output FOLDER`, or replace it with --output {output}"
+            f"the gallery {output} is of {there} and not of {source}: renew it with `vicvlm embed "
+            f"{there}`, choose another place with --output FOLDER, or replace it with "
+            f"--output {output}"
         )
 
 
