@@ -139,8 +139,9 @@ def test_a_gallery_of_another_source_is_replaced_only_where_it_is_named(
         embed(tmp_path / "small", checkpoint, progress=QUIET)
     assert names == [] and len(Gallery.open(out)) == 8
     assert str(told.value) == (
-        f"the gallery {out} is of {eight.resolve()} and not of {tmp_path / 'small'}: choose "
-        f"another place with `vicvlm embed --output FOLDER`, or replace it with --output {out}"
+        f"the gallery {out} is of {eight.resolve()} and not of {tmp_path / 'small'}: renew "
+        f"it with `vicvlm embed {eight.resolve()}`, choose another place with --output FOLDER, or "
+        f"replace it with --output {out}"
     )
     (tmp_path / "link").symlink_to(eight)
     assert embed(tmp_path / "link", checkpoint, progress=QUIET).count == 8  # the same source

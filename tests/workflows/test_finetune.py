@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tiny_training import QUIET, Heard, equal, weights
 
 from vicvlm_cli.checkpoint import load_model
@@ -33,6 +35,35 @@ def test_fine_tuning_starts_from_the_checkpoint(
     before = load_model(pretrained.checkpoint, device="cpu")
     assert loaded.tokenizer.to_json() == before.tokenizer.to_json()
     assert loaded.info.config["pretrain"] == before.info.config["pretrain"]
+
+
+def test_a_checkpoint_that_names_pretrained_weights_by_a_tag_is_fine_tuned(
+    pretrained: TrainResult, scenes: Path, tmp_path: Path
+) -> None:
+    """As checkpoints of earlier versions do."""
+    with safe_open(pretrained.checkpoint, framework="pt") as file:
+        header = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    name = '"vit_tiny_patch16_224"'
+    tagged = {k: v.replace(name, name[:-1] + '.no_such_tag"') for k, v in header.items()}
+    assert tagged != header
+    save_file(tensors, tmp_path / "old.safetensors", metadata=tagged)
+    short = ["finetune.epochs=0.2"]
+    finetune(
+        tmp_path / "old.safetensors",
+        scenes,
+        overrides=short,
+        output=tmp_path / "f",
+        progress=QUIET,
+    )
+    with pytest.raises(UsageError, match="cannot be changed"):
+        finetune(
+            tmp_path / "old.safetensors",
+            scenes,
+            overrides=["model.text_layers=2"],
+            output=tmp_path / "g",
+            progress=QUIET,
+        )
 
 
 def test_what_pretraining_saw_is_kept_and_told(
