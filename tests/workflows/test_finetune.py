@@ -91,7 +91,7 @@ def test_what_pretraining_saw_is_kept_and_told(
         first.checkpoint, copy, overrides=short, output=tmp_path / "b", progress=heard
     )
     told = [note for note in heard.notes if "on val" in note]
-    assert len(told) == 1 and "may have been trained on some of these images" in told[0]
+    assert len(told) == 1 and "may have seen some of these images" in told[0]
     assert load_model(second.checkpoint, device="cpu").info.origins[1:] == origins
 
     third = finetune(
