@@ -44,8 +44,9 @@ class Method(NamedTuple):
     """What `vicvlm pretrain` is told, and what `vicvlm finetune` is; all else is the preset's.
 
     ``all_pairs``: what orders pairs leaves the features that make a shortlist untrained, and is
-    cheap enough to go without one. ``often``: validations for one of a method whose pairs are
-    cheap, so that there are some along the way where few pairs go by.
+    cheap enough to go without one. ``often``: validations for one of VicVLM's, more where pairs
+    are dear, so that there are some along the way, and of ITC alone, whose curve the others are
+    read against.
     """
 
     pretrain: tuple[str, ...] = ()
@@ -105,7 +106,7 @@ def run(
     minutes: Annotated[float, typer.Option(help="CPU time of a pretraining.")] = 5.0,
     tune: Annotated[float, typer.Option(help="CPU time of a fine-tuning; 0: none.")] = 1.0,
     validate: Annotated[
-        float, typer.Option(help="Epochs between validations; fewer where pairs are dear.")
+        float, typer.Option(help="Epochs between validations; fewer of dear methods and itc.")
     ] = 1.0,
     split: Annotated[str, typer.Option(help="Split of the final figures.")] = "test",
     top_k: Annotated[int, typer.Option(help="Candidates ordered by pair scores.")] = 32,
@@ -133,8 +134,8 @@ def run(
         left_out = [name for name in names if METHODS[name].taught]
         names = [name for name in names if name not in left_out]
         for name in left_out:
-            print(f"{name} is left out: it learns from a teacher, name one with --teacher and a")
-            print("file of its weights with --teacher-weights")
+            print(f"{name} is left out: it learns from a teacher, name a timm model or its folder")
+            print("with --teacher")
     wanted = [
         Run(
             name=name,

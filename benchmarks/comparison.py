@@ -86,10 +86,17 @@ def difference_table(first: list[Result], second: list[Result]) -> str:
             cells = [f"{kind}, {way.replace('_', ' ')}"]
             for ks in (*((k,) for k in KS), KS):
                 values = [[sum(t[way][k] for k in ks) for t in each] for each in tables]
-                error = math.hypot(*(stdev(v) / math.sqrt(len(v)) for v in values))
-                cells.append(f"{mean(values[0]) - mean(values[1]):.1f} ± {error:.1f}")
+                cells.append(_difference(values))
             rows.append(cells)
+        # Not the sum of both ways' errors: what a run is good at, it is good at both ways.
+        values = [[sum(t[way][k] for way in WAYS for k in KS) for t in each] for each in tables]
+        rows.append([f"{kind}, RSUM", "", "", "", _difference(values)])
     return table(["difference of means", "R@1", "R@5", "R@10", "sum of the three"], rows)
+
+
+def _difference(values: list[list[float]]) -> str:
+    error = math.hypot(*(stdev(v) / math.sqrt(len(v)) for v in values))
+    return f"{mean(values[0]) - mean(values[1]):.1f} ± {error:.1f}"
 
 
 def noted_gflop(file: Path, results: list[Result]) -> str:

@@ -44,7 +44,7 @@ from trainings import Run, Unfinished, advance, write_whole
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
-VALIDATE_EVERY = 4.0  # epochs, of a method whose pairs are cheap
+VALIDATE_EVERY = 4.0  # epochs, of a row whose method is not to be validated more often
 SHARES = {"T": 1 / 12, "XS": 1 / 5, "S": 1 / 2, "L": 1.0}
 RESULTS = Path(__file__).parent / "results" / "recall"
 PRESET = "vicvlm-tiny-photos"

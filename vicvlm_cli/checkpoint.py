@@ -134,6 +134,7 @@ def load_model(
         if config["model"].pop("eval_mirror", False):  # what files had before there were crops
             config["model"]["eval_views"] = 2
         model = build_model(from_dict(ModelConfig, config["model"]))
+        config["model"] = to_dict(model.config)  # older files have timm's tag, or lack settings
         tokenizer = Tokenizer.from_json(header["tokenizer"])
         # Older files have one number for both directions.
         weights = header.get("rerank_weights") or header["rerank_weight"]

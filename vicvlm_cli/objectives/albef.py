@@ -18,7 +18,6 @@ from vicvlm_cli.objectives.alignment import Contrast, clamp_temperature, match, 
 from vicvlm_cli.objectives.cached import Cached, over_step
 from vicvlm_cli.objectives.heads import MLMHead
 from vicvlm_cli.objectives.masked_language import hide_words, token_kinds
-from vicvlm_cli.objectives.masking import replace_hidden
 from vicvlm_cli.objectives.momentum import EmaTarget
 from vicvlm_cli.objectives.queue import FeatureQueue
 from vicvlm_cli.objectives.ranks import Noise, gather, global_mean
@@ -184,18 +183,16 @@ class ALBEF(nn.Module):
         self, batch: Batch, image: Encoded, image_m: Encoded, noise: Noise
     ) -> tuple[Tensor, Tensor]:
         """Masked language modelling with soft targets, and its trivial value."""
-        limit = self.model.config.max_tokens
-        _, hidden = hide_words(
+        ids, hidden = hide_words(
             batch,
             self.special,
             self.continuation,
             noise,
             ratio=self.config.text_mask,
-            max_tokens=limit,
+            max_tokens=self.model.config.max_tokens,
             mask_id=self.mask_id,
+            as_bert=True,
         )
-        draw = noise.rand(len(hidden), limit, 2)[:, : hidden.shape[1]]
-        ids = replace_hidden(batch.input_ids, hidden, self.special, draw, self.mask_id)
         words, alpha = batch.input_ids[hidden], self.alpha
         logits = _read(self.model, self.mlm_head, image, ids, batch.attention_mask, hidden)
         with torch.no_grad():

@@ -9,7 +9,7 @@ from vicvlm_cli.data.batches import Batch
 from vicvlm_cli.data.tokenizer import Tokenizer
 from vicvlm_cli.objectives import losses
 from vicvlm_cli.objectives.heads import MLMHead
-from vicvlm_cli.objectives.masking import mask_words
+from vicvlm_cli.objectives.masking import mask_words, replace_hidden
 from vicvlm_cli.objectives.ranks import Noise, global_mean
 
 
@@ -31,17 +31,23 @@ def hide_words(
     ratio: float,
     max_tokens: int,
     mask_id: int,
+    as_bert: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The captions with a share ``ratio`` of their words replaced by ``mask_id``.
 
+    ``as_bert``: 80 % of their tokens are, 10 % become others, 10 % stay: :func:`replace_hidden`.
+
     Returns:
-        Long [B, L] ids to encode, and bool [B, L], where they differ from the batch's own.
+        Long [B, L] ids to encode, and bool [B, L], the positions that are hidden.
     """
     # Noise for max_tokens columns: as many whatever the longest caption of a process is.
-    length = batch.input_ids.shape[1]
-    draw = noise.rand(len(batch.input_ids), max_tokens)[:, :length]
+    rows, length = batch.input_ids.shape
+    draw = noise.rand(rows, max_tokens)[:, :length]
     hidden = mask_words(batch.input_ids, batch.attention_mask, continuation, special, draw, ratio)
-    return batch.input_ids.masked_fill(hidden, mask_id), hidden
+    if not as_bert:
+        return batch.input_ids.masked_fill(hidden, mask_id), hidden
+    choice = noise.rand(rows, max_tokens, 2)[:, :length]
+    return replace_hidden(batch.input_ids, hidden, special, choice, mask_id), hidden
 
 
 def positions(hidden: Tensor) -> tuple[Tensor, Tensor]:

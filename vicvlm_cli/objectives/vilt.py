@@ -20,7 +20,6 @@ from vicvlm_cli.objectives.alignment import clamp_temperature, contrast
 from vicvlm_cli.objectives.cached import Cached
 from vicvlm_cli.objectives.heads import MLMHead
 from vicvlm_cli.objectives.masked_language import hide_words, token_kinds, word_loss
-from vicvlm_cli.objectives.masking import replace_hidden
 from vicvlm_cli.objectives.negatives import hard_negatives
 from vicvlm_cli.objectives.ranks import Noise, gather, gather_padded, rank
 from vicvlm_cli.objectives.retrieval import Losses
@@ -102,18 +101,16 @@ class ViLT(nn.Module):
 
         As in the authors' code, hidden words are shown as BERT shows them: not all by [MASK].
         """
-        limit = self.model.config.max_tokens
-        _, hidden = hide_words(
+        ids, hidden = hide_words(
             batch,
             self.special,
             self.continuation,
             noise,
             ratio=self.config.text_mask,
-            max_tokens=limit,
+            max_tokens=self.model.config.max_tokens,
             mask_id=self.mask_id,
+            as_bert=True,
         )
-        draw = noise.rand(len(hidden), limit, 2)[:, : hidden.shape[1]]
-        ids = replace_hidden(batch.input_ids, hidden, self.special, draw, self.mask_id)
         words = self.model.embed_text(ids)
         stream = self.model.run(image.tokens, words, batch.attention_mask)
         return word_loss(

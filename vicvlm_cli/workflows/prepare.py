@@ -124,13 +124,13 @@ def _build(
     _fill(writer, listing, image_side, max_bad, workers or os.cpu_count() or 1, progress)
     if not writer.counts():
         raise UserError(f"no image of {listing.source} is usable; see {output / REJECTED}")
-    lost = Counter(
+    captions = Counter(
         item.reason
         for item in listing.rejected
         if item.of_caption and item.image_id not in writer.lost
     )
     return writer.finish(
-        rejected_captions=dict(lost),
+        rejected_captions=dict(captions),
         source=listing.source,
         split_name=listing.split_name,
         partial=partial_text(writer.counts(), listing.expected),

@@ -142,7 +142,7 @@ def finetune(
         return _resume("finetune", dataset, resume, track, trace, progress)
     loaded = load_model(checkpoint, device="cpu")
     config = configs.load_config(base=loaded.info.config, overrides=overrides)
-    if config.model != configs.load_config(base=loaded.info.config).model:
+    if config.model != loaded.vlm.config:
         raise UsageError("a checkpoint's model cannot be changed: leave out --set model.…")
     with run_folder("finetune", dataset, output, progress) as run:
         accelerator = make_accelerator(config.finetune, track, run)
