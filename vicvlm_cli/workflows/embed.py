@@ -69,10 +69,10 @@ def embed(
             f"there is no folder {source}: name one with pictures, or a prepared data set"
         )
     model = load_model(checkpoint, eval_views=views)
+    by_default = output is None
     if output is None:
         output = model.info.path.parent / "gallery"
         progress.say(f"gallery: {output} (--output to change)")
-        _check_source(output, source)
     output = Path(output)
     check_output(output)
     unread: dict[Path, str] = {}
@@ -82,6 +82,8 @@ def embed(
         items, load = _folder(source, unread, progress)
         if split is not None:
             progress.say(f"split: {split} is of no account, since {source} is a folder of pictures")
+    if by_default:  # not before: that a source has no pictures is the mistake that is nearer
+        _check_source(output, source)
     dtype = autocast_dtype(model.device, model.precision)
     whole = Gallery(
         features=torch.empty(len(items), model.dim),
