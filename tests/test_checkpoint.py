@@ -105,6 +105,10 @@ def test_a_bank_without_weights_is_not_saved(tmp_path: Path) -> None:
     assert not (tmp_path / "model.safetensors").exists()
 
 
+def test_a_path_that_may_not_be_looked_at_has_no_checkpoint(tmp_path: Path) -> None:
+    assert "there is no checkpoint at" in refusal(tmp_path / ("long" * 99))
+
+
 def rewrite(saved: Path, path: Path, **header: str | None) -> Path:
     """A copy of ``saved`` with header keys changed, or left out where None."""
     with safe_open(saved, framework="pt") as file:

@@ -1,6 +1,8 @@
 """How a command fails, and which process of a launch says so."""
 
+import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +10,8 @@ from test_cli import run
 
 from vicvlm_cli import cli, console, remembered
 from vicvlm_cli.errors import OwnError, UserError
+from vicvlm_cli.gallery.results import Hit, RetrieveResult
+from vicvlm_cli.report.progress import Progress
 from vicvlm_cli.workflows import embed as embed_workflow
 from vicvlm_cli.workflows import evaluate as evaluate_workflow
 from vicvlm_cli.workflows import retrieve as retrieve_workflow
@@ -47,6 +51,67 @@ def test_a_bug_is_two_lines_and_the_traceback_is_to_be_had(monkeypatch, capsys):
     monkeypatch.setenv("VICVLM_DEBUG", "1")
     with pytest.raises(ZeroDivisionError):
         cli.main()
+
+
+def test_a_file_that_cannot_be_read_is_no_bug(monkeypatch, capsys):
+    def fail(*args, **options):
+        raise PermissionError(13, "Permission denied", "/root/shards")
+
+    monkeypatch.setattr(evaluate_workflow, "evaluate", fail)
+    monkeypatch.setattr(sys, "argv", ["vicvlm", "evaluate", "model.safetensors", "--data", "data"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 1
+    said = "error: cannot read or write /root/shards: Permission denied\n"
+    assert capsys.readouterr().err == said
+    monkeypatch.setenv("VICVLM_DEBUG", "1")
+    with pytest.raises(PermissionError):
+        cli.main()
+
+
+def test_without_a_home_nothing_is_remembered_and_that_is_said(monkeypatch, tmp_path, capsys):
+    for file, why in (
+        (None, "neither HOME nor VICVLM_STATE is set"),
+        (Path("/proc/last.json"), "/proc/last.json cannot be written"),
+    ):
+        monkeypatch.setattr(remembered, "state_file", lambda file=file: file)
+        monkeypatch.setattr(remembered, "remember", lambda *_: False)
+        console.remember("data", tmp_path, Progress())
+        assert capsys.readouterr().err == f"note: {why}, so data has no default\n"
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_hits_are_shown_before_what_became_of_their_sheet(monkeypatch, as_json):
+    hit = Hit(rank=1, score=0.3, cosine=0.3, path="dog.jpg", id="dog", captions=[], row=0)
+    found = RetrieveResult(
+        query="dog",
+        by_image=False,
+        gallery=Path("gallery"),
+        searched=1,
+        reranked=False,
+        hits=[hit],
+        failed=UserError("cannot write the sheet dog.png: no space"),
+    )
+    monkeypatch.setattr(retrieve_workflow, "retrieve", lambda *args, **options: found)
+    said = run("retrieve", "dog", "--gallery", "gallery", *["--json"] * as_json)
+    assert said.exit_code == 1 and "dog.jpg" in said.stdout
+    assert said.stderr == "error: cannot write the sheet dog.png: no space\n"
+    if as_json:
+        assert json.loads(said.stdout)["sheet"] is None
+
+
+@pytest.mark.parametrize(
+    "line, code, text",
+    [
+        (["dog", "--sheet", "dog.doc"], 2, "the sheet dog.doc needs the name of a picture"),
+        (["--image", "none.jpg"], 1, "picture none.jpg cannot be read: missing"),
+        ([" "], 2, "the query is empty"),
+        (["--image", "none.jpg", "--rerank"], 2, "--rerank compares words with pictures"),
+    ],
+)
+def test_what_is_looked_for_is_checked_before_a_gallery_is_made(line, code, text):
+    said = run("retrieve", *line)
+    assert said.exit_code == code and said.stderr.startswith(f"error: {text}")
 
 
 def test_that_another_process_has_ended_is_no_bug(monkeypatch, capsys):

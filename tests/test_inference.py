@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import io
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from tiny import make_model
 
 from vicvlm_cli.checkpoint import load_model
 from vicvlm_cli.data.images import BadImage, load_rgb
-from vicvlm_cli.errors import UserError
+from vicvlm_cli.errors import UsageError, UserError
 from vicvlm_cli.inference import (
     autocast_dtype,
     encode_image_batches,
@@ -124,6 +126,25 @@ def test_paths_bytes_and_pictures_are_the_same_to_it(tiny_model, tmp_path):
     assert torch.allclose(features, features[:1].expand(4, -1), atol=1e-6)
 
 
+def test_a_picture_given_several_times_is_decoded_once(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr("vicvlm_cli.inference.os.cpu_count", lambda: 4)
+    path = tmp_path / "a.jpg"
+    pictures(1)[0].save(path)
+    lazy = Image.open(path)
+    load, decoded = lazy.load, []
+
+    def slow():
+        if lazy.tile:  # what is not decoded yet
+            decoded.append(1)
+            time.sleep(0.05)
+        return load()
+
+    monkeypatch.setattr(lazy, "load", slow)
+    features = tiny_model.encode_images([lazy] * 8, batch_size=4)
+    assert len(decoded) == 1
+    assert torch.allclose(features, tiny_model.encode_images([path]).expand(8, -1), atol=1e-6)
+
+
 def test_nothing_in_nothing_out(tiny_model):
     assert tiny_model.encode_images([]).shape == (0, tiny_model.dim)
     assert tiny_model.encode_texts([]).shape == (0, tiny_model.dim)
@@ -180,6 +201,28 @@ def test_mistakes_get_a_sentence(tiny_model, tmp_path):
         tiny_model.score_pairs(pictures(2), ["one"])
     with pytest.raises(UserError, match="list of strings"):
         tiny_model.encode_texts("not a list")
+
+
+@pytest.mark.parametrize("one", ["dog.jpg", Path("dog.jpg"), b"dog", Image.new("RGB", (8, 8))])
+def test_one_picture_is_not_a_list_of_them(tiny_model, one):
+    words = r"images must be a list of pictures: write \[image\] for a single one"
+    with pytest.raises(UserError, match=words):
+        tiny_model.encode_images(one)
+    with pytest.raises(UserError, match=words):
+        tiny_model.score_pairs(one, ["a dog"])
+
+
+def test_a_batch_holds_at_least_one(tiny_model):
+    images, texts = pictures(1), TEXTS[:1]
+    for encode in (
+        lambda size: tiny_model.encode_images(images, batch_size=size),
+        lambda size: tiny_model.encode_texts(texts, batch_size=size),
+        lambda size: tiny_model.score_pairs(images, texts, batch_size=size),
+        lambda size: tiny_model.match_pairs(images, texts, batch_size=size),
+    ):
+        for size in (0, -1):
+            with pytest.raises(UsageError, match=f"batch_size must be at least 1, not {size}"):
+                encode(size)
 
 
 def test_bad_pictures_are_left_out_of_their_batch_and_named(tiny_model):

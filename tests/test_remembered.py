@@ -59,6 +59,26 @@ def test_an_unwritable_place_is_told_not_raised(tmp_path, monkeypatch):
     assert not remember("data", tmp_path)
 
 
+def test_a_place_that_may_not_be_looked_at_is_no_longer_there(tmp_path, state):
+    state.parent.mkdir()
+    state.write_text(json.dumps({"data": str(tmp_path / ("long" * 99))}))
+    with pytest.raises(UserError, match="long, is no longer there: give --data"):
+        recall("data", "--data")
+
+
+def test_nothing_is_remembered_where_there_is_no_home(tmp_path, monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("VICVLM_STATE")
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    assert state_file() is None and last("data") is None
+    assert not remember("data", tmp_path)
+    with pytest.raises(UsageError, match="no prepared data set yet"):
+        recall("data", "--data")
+
+
 def test_default_place_follows_xdg(tmp_path, monkeypatch):
     monkeypatch.delenv("VICVLM_STATE")
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))

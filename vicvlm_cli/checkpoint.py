@@ -126,7 +126,7 @@ def load_model(
     if eval_views is not None and eval_views not in VIEWS:
         raise UsageError(f"views of a picture are {', '.join(map(str, VIEWS))}, not {eval_views}")
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):  # Path's own raises where one may not look
         path = path / FILE_NAME
     header, tensors = _read(path)
     try:
@@ -171,7 +171,7 @@ def load_model(
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(
             f"there is no checkpoint at {path}: name a model.safetensors or its run folder"
         )

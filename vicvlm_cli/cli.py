@@ -294,6 +294,7 @@ def retrieve(
         raise UsageError('give either words, as in vicvlm retrieve "a dog on a beach", or --image')
     progress = make_progress()
     if gallery is None and remembered.last("gallery") is None:
+        workflow.check(query, image, rerank=rerank, sheet=sheet)
         progress.say("gallery: there is none yet, so one is made first, as by vicvlm embed")
         gallery = _embed(None, checkpoint, progress).path
     result = call(
@@ -308,6 +309,8 @@ def retrieve(
         progress=progress,
     )
     show(result, as_json, hits_tables)
+    if result.failed is not None:
+        raise result.failed
 
 
 def _embed(source: Path | None, checkpoint: Path | None, progress: Progress, **options: Any) -> Any:
@@ -329,7 +332,8 @@ def _overrides(table: str, **options: Any) -> list[str]:
 def main() -> None:
     """The `vicvlm` command. An error that is not the user's is a bug: one line, no traceback.
 
-    That another process of the launch has ended is no bug of this one.
+    That another process of the launch has ended is no bug of this one, nor is a file that cannot be
+    read or written.
     """
     try:
         app(prog_name="vicvlm")
@@ -339,6 +343,8 @@ def main() -> None:
         several = int(os.environ.get("WORLD_SIZE") or 1) > 1
         if several and any(words in str(error) for words in GONE):
             tell("error: another process of the launch has ended, see what it says")
+        elif isinstance(error, OSError) and error.filename is not None:
+            tell(f"error: cannot read or write {error.filename}: {error.strerror or error}")
         else:
             tell(f"unexpected {type(error).__name__}: {error}")
             tell("this is a bug; VICVLM_DEBUG=1 shows where it happened")

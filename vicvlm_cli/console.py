@@ -100,7 +100,9 @@ def default(kind: str, given: Path | None, option: str, progress: Progress) -> P
 def remember(kind: str, path: Path, progress: Progress) -> None:
     """Make `path` the default of its kind for the commands that follow."""
     if RANK == 0 and not remembered.remember(kind, path):
-        progress.say(f"note: {remembered.state_file()} cannot be written, so {kind} has no default")
+        file = remembered.state_file()
+        why = f"{file} cannot be written" if file else "neither HOME nor VICVLM_STATE is set"
+        progress.say(f"note: {why}, so {kind} has no default")
 
 
 def call(workflow: Callable[..., Any], *args: Any, **options: Any) -> Any:

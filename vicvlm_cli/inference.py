@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from vicvlm_cli.data.images import BadImage, ImageSource, load_rgb
+from vicvlm_cli.data.given import check_batch_size, listed, loader
+from vicvlm_cli.data.images import BadImage, ImageSource
 from vicvlm_cli.data.tokenizer import Tokenizer
 from vicvlm_cli.data.transforms import enlarged_side, image_to_array, other_views
 from vicvlm_cli.device import supports_bf16
@@ -102,8 +103,9 @@ def encode_image_batches(
 
     `load` turns one source into an RGB picture; those for which it raises `BadImage` are left out
     and named with the reason. A batch may come out empty. `views` of each picture: None is the
-    model's own number, `eval_views`.
+    model's own number, `eval_views`. Raises UsageError where `batch_size` is below 1.
     """
+    check_batch_size(batch_size)
     views = vlm.config.eval_views if views is None else views
     sides = [vlm.eval_image_size]
     if (enlarged := enlarged_side(sides[0], views)) is not None:
@@ -147,7 +149,11 @@ def encode_text_batches(
     precision: str = "auto",
     batch_size: int = TEXT_BATCH,
 ) -> Iterator[tuple[Tensor, Encoded]]:
-    """Encodes texts, shortest first so that little is padding: (positions [B], Encoded)."""
+    """Encodes texts, shortest first so that little is padding: (positions [B], Encoded).
+
+    Raises UsageError where `batch_size` is below 1.
+    """
+    check_batch_size(batch_size)
     if not texts:
         return
     input_ids, mask = tokenizer(texts, vlm.config.max_tokens)
@@ -199,7 +205,7 @@ class LoadedModel:
         Each is the mean over so many `views`, as `gallery.views`; None is the model's own number.
         Raises UserError naming the first picture that cannot be read.
         """
-        images = list(images)
+        images = listed(images, "image", "pictures")
         rows = [torch.empty(0, self.dim)]
         with (progress or Progress(quiet=True)).bar("pictures", len(images), "images") as bar:
             for batch in self._image_batches(images, batch_size, views):
@@ -214,7 +220,7 @@ class LoadedModel:
         progress: Progress | None = None,
     ) -> Tensor:
         """Features [n, P] of texts; what is longer than the model reads is cut."""
-        texts = _listed(texts)
+        texts = listed(texts, "text", "strings")
         features = torch.empty(len(texts), self.dim)
         with (progress or Progress(quiet=True)).bar("texts", len(texts), "texts") as bar:
             for index, encoded in encode_text_batches(
@@ -297,7 +303,7 @@ class LoadedModel:
         batch_size: int,
         views: int | None,
     ) -> Iterator[tuple[list[int], Encoded, Encoded]]:
-        images, texts = list(images), _listed(texts)
+        images, texts = listed(images, "image", "pictures"), listed(texts, "text", "strings")
         if len(images) != len(texts):
             raise UserError(
                 f"pairs need as many texts as pictures, not {len(texts)} and {len(images)}: "
@@ -314,11 +320,10 @@ class LoadedModel:
     def _image_batches(
         self, images: list[ImageSource], batch_size: int, views: int | None = None
     ) -> Iterator[ImageBatch]:
-        size = self.vlm.eval_image_size
         for batch in encode_image_batches(
             self.vlm,
             images,
-            lambda source: load_rgb(source, at_least=size),
+            loader(images, self.vlm.eval_image_size),
             device=self.device,
             precision=self.precision,
             batch_size=batch_size,
@@ -329,9 +334,3 @@ class LoadedModel:
                 name = str(source) if isinstance(source, str | os.PathLike) else f"number {i}"
                 raise UserError(f"picture {name} cannot be read: {reason}")
             yield batch
-
-
-def _listed(texts: Iterable[str]) -> list[str]:
-    if isinstance(texts, str):
-        raise UserError("texts must be a list of strings: write [text] for a single one")
-    return list(texts)

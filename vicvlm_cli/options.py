@@ -28,7 +28,9 @@ EncodeBatch = Annotated[int, _option("Pictures encoded at a time.", min=1)]
 # prepare
 Source = Annotated[str, _argument("scenes (built in), flickr30k, flickr8k, coco or folder.")]
 RawFolder = Annotated[Path, _argument("Where the raw files are, or DIR/SOURCE.", metavar="DIR")]
-PreparedFolder = Annotated[Path | None, _option("Where to write. [default: DIR/SOURCE]")]
+PreparedFolder = Annotated[
+    Path | None, _option("Where to write. [default: DIR/SOURCE, of a folder DIR/prepared]")
+]
 ImageSide = Annotated[int, _option("Short side of the stored pictures, in pixels.", min=1)]
 MaxBad = Annotated[float, _option("Share of pictures that may be left out.", min=0, max=1)]
 Workers = Annotated[int | None, _option("Threads. [default: one a core]", min=1)]

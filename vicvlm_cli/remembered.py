@@ -20,11 +20,14 @@ KINDS = {
 }
 
 
-def state_file() -> Path:
-    """Where the memory is kept; the file need not exist."""
+def state_file() -> Path | None:
+    """Where the memory is kept; the file need not exist. None for a user without a home."""
     if override := os.environ.get("VICVLM_STATE"):
         return Path(override)
-    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    try:
+        base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    except RuntimeError:  # as in a container under any number for a user
+        return None
     return Path(base) / "vicvlm" / "last.json"
 
 
@@ -45,7 +48,7 @@ def recall(kind: str, option: str) -> Path:
     path = last(kind)
     if path is None:
         raise UsageError(f"there is no {name} yet: give {option}, or make one with `{command}`")
-    if not path.exists():
+    if not os.path.exists(path):  # Path's own raises where one may not look
         raise UserError(
             f"the last {name}, {path}, is no longer there: give {option}, "
             f"or make one with `{command}`"
@@ -57,7 +60,8 @@ def remember(kind: str, path: Path) -> bool:
     """Note ``path`` as the last of its ``kind``; False if the file cannot be written."""
     if kind not in KINDS:
         raise KeyError(kind)
-    file = state_file()
+    if (file := state_file()) is None:
+        return False
     content = json.dumps(_read() | {kind: str(path.resolve())}, indent=1)
     beside = file.with_name(f"{file.name}.{os.getpid()}")
     try:
@@ -70,8 +74,10 @@ def remember(kind: str, path: Path) -> bool:
 
 
 def _read() -> dict[str, str]:
+    if (file := state_file()) is None:
+        return {}
     try:
-        content = json.loads(state_file().read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     if not isinstance(content, dict):

@@ -11,7 +11,13 @@ from PIL import Image
 
 from vicvlm_cli.data import shards
 from vicvlm_cli.data.images import encode_image
-from vicvlm_cli.data.prepared import MANIFEST, Manifest, PreparedDataset, split_hash
+from vicvlm_cli.data.prepared import (
+    MANIFEST,
+    Manifest,
+    PreparedDataset,
+    is_prepared,
+    split_hash,
+)
 from vicvlm_cli.data.shards import ShardWriter
 from vicvlm_cli.data.sources.listing import Item
 from vicvlm_cli.errors import UserError
@@ -97,15 +103,30 @@ def test_not_prepared_damaged_or_newer(prepared: Path, tmp_path: Path) -> None:
     file.write_text(json.dumps({"format_version": 1}))
     with pytest.raises(UserError, match="lacks entries"):
         PreparedDataset.open(prepared)
-    file.write_text(json.dumps(content)[:50])
-    with pytest.raises(UserError, match="damaged"):
-        PreparedDataset.open(prepared)
+    for text in (json.dumps(content)[:50], '{"manifest_version": 3}', "[" * 100_000):
+        file.write_text(text)
+        with pytest.raises(UserError, match=r"damaged or not a manifest of vicvlm: .* remove the"):
+            PreparedDataset.open(prepared)
+    with pytest.raises(UserError, match=r"cannot read x+/manifest\.json: File name too long"):
+        PreparedDataset.open("x" * 300)
+
+
+def test_a_manifest_of_another_program_is_no_prepared_data_set(prepared: Path) -> None:
+    assert is_prepared(prepared)
+    assert is_prepared(str(prepared))
+    for foreign in ("{", "[]", '{"manifest_version": 3}', '{"format_version": 1, "shards": []}'):
+        (prepared / MANIFEST).write_text(foreign)
+        assert not is_prepared(prepared)
+    assert not is_prepared(prepared / "nowhere")
 
 
 def test_a_lost_shard_is_named(prepared: Path) -> None:
     data = PreparedDataset.open(prepared)
     (prepared / data.manifest.shards["val"][0]).unlink()
     with pytest.raises(UserError, match=r"val-1a2b3c4d-00000\.arrow is gone"):
+        data.split("val")
+    data.manifest.shards["val"][0] = "x" * 300  # at which os.stat raises
+    with pytest.raises(UserError, match="x is gone"):
         data.split("val")
 
 

@@ -152,3 +152,19 @@ def test_rejected_items_are_listed_with_their_reason(tmp_path: Path) -> None:
     lines = (tmp_path / "rejected.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(lines[0]) == {"image_id": "ü.jpg", "split": "train", "reason": "missing"}
     assert len(lines) == 2
+
+
+def test_a_data_set_that_is_there_keeps_its_list(tmp_path: Path) -> None:
+    first = ShardWriter(tmp_path, KEY)
+    first.reject(Rejected("a", "train", "missing"))
+    add(first, range(2))
+    first.finish(**FACTS)
+    listed = (tmp_path / "rejected.jsonl").read_text(encoding="utf-8")
+    second = ShardWriter(tmp_path, "f" * 16)
+    second.reject(Rejected("b", "train", "missing"))
+    assert second.write_rejected() == tmp_path / "rejected-ffffffff.jsonl"
+    assert (tmp_path / "rejected.jsonl").read_text(encoding="utf-8") == listed
+    add(second, range(2))
+    second.finish(**FACTS)
+    assert [path.name for path in tmp_path.glob("rejected*")] == ["rejected.jsonl"]
+    assert '"b"' in (tmp_path / "rejected.jsonl").read_text(encoding="utf-8")

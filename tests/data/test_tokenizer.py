@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,13 @@ def whole_folder(folder: Path) -> Path:
 def tokens(tokenizer: Tokenizer, text: str) -> list[str | None]:
     ids, _ = tokenizer([text], 20)
     return [tokenizer.backend.id_to_token(int(i)) for i in ids[0]]
+
+
+def unnamed_folder(folder: Path) -> Path:
+    """As old BERTs lie on the hub: the words, and a configuration that does not say of what."""
+    vocab_folder(folder)
+    (folder / "config.json").write_text('{"vocab_size": 12}', "utf-8")
+    return folder
 
 
 def test_a_trained_vocabulary_keeps_words_and_special_tokens() -> None:
@@ -138,9 +146,18 @@ def test_continuations_are_the_pieces_inside_words() -> None:
     assert any(named.values()) and not all(named.values())
 
 
-@pytest.mark.parametrize("make", [vocab_folder, whole_folder])
-def test_a_bert_folder_gives_its_own_tokenizer(make, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    tokenizer = Tokenizer.load(str(make(tmp_path / "bert")))
+@pytest.mark.parametrize(
+    ("make", "load"),
+    [
+        (vocab_folder, Tokenizer.load),
+        (whole_folder, Tokenizer.load),
+        (unnamed_folder, Tokenizer.from_pretrained),
+    ],
+)
+def test_a_bert_gives_its_own_tokenizer(
+    make: Callable[[Path], Path], load: Callable[[str], Tokenizer], tmp_path: Path
+) -> None:
+    tokenizer = load(str(make(tmp_path / "bert")))
     assert tokenizer.vocab_size == len(VOCAB)
     assert {t: i for i, t in enumerate(VOCAB)} == tokenizer.backend.get_vocab()
     expected = ["[CLS]", "a", "dog", "##s", "run", "##ning", "!", "[UNK]", "cafe", "[SEP]"]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import make_config
 from torch import nn
 from transformers import (
@@ -165,6 +167,31 @@ def test_what_is_not_a_bert_is_refused(make: Callable[[], nn.Module], tmp_path: 
     # transformers would fill a BERT with random weights, with no more than a warning.
     make().save_pretrained(tmp_path)  # type: ignore[operator]
     with pytest.raises(UserError, match="model and not a BERT"):
+        load_bert(str(tmp_path), 2, 2)
+
+
+def without_type(folder: Path) -> None:
+    """As old BERTs are published, such as prajjwal1/bert-small."""
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    del config["model_type"]
+    config.pop("architectures", None)
+    (folder / "config.json").write_text(json.dumps(config), "utf-8")
+
+
+def test_a_bert_need_not_say_that_it_is_one(tmp_path: Path) -> None:
+    own = bert_folder(tmp_path)
+    without_type(tmp_path)
+    _, text, _ = load_bert(str(tmp_path), 2, 2)
+    key = "encoder.layer.1.output.dense.weight"
+    assert torch.equal(text[key], own.state_dict()[key])
+
+
+def test_weights_are_never_left_at_random(tmp_path: Path) -> None:
+    bert_folder(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    del state["encoder.layer.1.output.dense.weight"]
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"has no weights for 'encoder\.layer\.1\.output"):
         load_bert(str(tmp_path), 2, 2)
 
 

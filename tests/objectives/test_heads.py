@@ -81,7 +81,7 @@ def test_what_is_seen_goes_back_to_its_place(predictor: PatchPredictor) -> None:
     assert bool(((straight - mirrored).abs() > 1e-3).any())
 
 
-def test_mask_tokens_stand_after_the_visible_patches() -> None:
+def test_mask_tokens_stand_at_the_places_of_hidden_patches() -> None:
     torch.manual_seed(0)
     head = JointPatchHead(12, (4, 4), 20, 7)
     visible, keep, masked = patches()
@@ -91,7 +91,9 @@ def test_mask_tokens_stand_after_the_visible_patches() -> None:
     assert tokens.shape == (2, 2 + 16, 12)
     close(tokens[:, :2], prefix)
     for row in range(2):
-        close(tokens[row, 2:6], visible[row] + table[keep[row]])
+        # The fusion numbers its tokens as they come: each patch by its place.
+        close(tokens[row, 2 + keep[row]], visible[row] + table[keep[row]])
+        assert torch.equal(at[row], 2 + masked[row])
         close(tokens[row, at[row]], head.mask_token[0] + table[masked[row]])
     fused = torch.randn(2, 12, 20)
     close(head(fused), head.predictor(fused))

@@ -87,19 +87,16 @@ class Pair:
         encoded: Tensor = vit.norm(vit.blocks(torch.stack(rows)[None]))
         return encoded
 
-    def fused_masked(self) -> tuple[Any, list[int]]:
-        """The masked picture with the caption, fused, and where its hidden patches are."""
+    def fused_masked(self) -> Any:
+        """The masked picture with the caption, fused."""
         tokens, objective = self.masked_tokens(), self.objective
         if objective.config.drop_hidden and self.model.config.fusion == "concat":
-            # Mask tokens come last; all patches are told their places.
+            # Mask tokens stand at the places of hidden patches; all patches are told theirs.
             table, head = sincos_2d((4, 4), 24), objective.joint_head
-            rows = [tokens[0, 0]]
-            rows += [tokens[0, 1 + k] + table[n] for k, n in enumerate(self.seen)]
-            rows += [head.mask_token[0, 0] + table[n] for n in self.masked]
-            tokens, at = torch.stack(rows)[None], list(range(1 + len(self.seen), 17))
-        else:
-            at = [1 + n for n in self.masked]
-        return self.fuse(tokens, self.ids), at
+            rows = {n: tokens[0, 1 + k] + table[n] for k, n in enumerate(self.seen)}
+            rows |= {n: head.mask_token[0, 0] + table[n] for n in self.masked}
+            tokens = torch.stack([tokens[0, 0], *(rows[n] for n in range(16))])[None]
+        return self.fuse(tokens, self.ids)
 
     def target(self, patch: int) -> Tensor:
         """What is to be predicted of a patch."""
@@ -121,9 +118,9 @@ class Pair:
         if loss == "mim":
             head = self.objective.mim_head
             return [head(tokens[:, 1:], at, n)[0, 0] for n in asked]
-        head, (fused, places) = self.objective.joint_head, self.fused_masked()
+        head, fused = self.objective.joint_head, self.fused_masked()
         if self.model.config.fusion == "concat":
-            return [head.predictor(fused.image[0, place]) for place in places]
+            return [head.predictor(fused.image[0, 1 + n]) for n in self.masked]
         return [head(tokens[:, 1:], at, n, fused.text, self.real)[0, 0] for n in asked]
 
 
@@ -169,7 +166,7 @@ def test_vicreg_is_of_the_multimodal_features_of_the_three_pairs(
     for pair in pairs:
         image = pair.model.image_encoder(pair.pixels)
         clean.append(pair.fuse(image, pair.ids).pooled[0])
-        masked_image.append(pair.fused_masked()[0].pooled[0])
+        masked_image.append(pair.fused_masked().pooled[0])
         masked_text.append(pair.fuse(image, pair.shown).pooled[0])
     a, b, c = torch.stack(clean), torch.stack(masked_image), torch.stack(masked_text)
     expected = {

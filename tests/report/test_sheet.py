@@ -41,6 +41,12 @@ def test_the_query_picture_stands_above():
     assert np.nonzero(blue)[0].max() < np.nonzero(red)[0].min()
 
 
+def test_the_thinnest_picture_is_a_line():
+    for size in ((4480, 3), (3, 4480)):
+        drawn = contact_sheet("a line", [Cell(picture(RED, size), "", "")])
+        assert count(drawn, RED) == CELL
+
+
 def test_words_are_drawn_and_a_missing_picture_leaves_a_frame():
     blank = contact_sheet("", [Cell(None, "", "")])
     titled = contact_sheet("a dog", [Cell(None, "", "")])
@@ -82,6 +88,16 @@ def test_a_sheet_is_written_whole_into_a_new_folder(tmp_path):
     with Image.open(path) as written:
         assert written.format == "PNG"
     assert [p.name for p in path.parent.iterdir()] == ["hits.png"]
+
+
+@pytest.mark.parametrize(
+    "name, height", [("hits.webp", 17_000), ("hits.gif", 70_000), ("hits.jpg", 70_000)]
+)
+def test_a_sheet_too_long_for_its_kind_is_a_sentence(tmp_path, name, height):
+    words = rf"sheet .*{name}, of 8 x {height:,} pixels .*: lower --top-k, or name it hits\.png"
+    with pytest.raises(UserError, match=words):
+        save_sheet(picture(RED, (8, height)), tmp_path / name)
+    assert not any(tmp_path.iterdir())
 
 
 def test_names_that_are_no_picture_are_refused_before_work(tmp_path):

@@ -105,15 +105,26 @@ def test_a_split_means_nothing_to_a_folder(photos, tiny_checkpoint, tmp_path, ca
     assert "folder of pictures" in capsys.readouterr().err
 
 
+def test_a_manifest_of_something_else_is_not_in_the_way(photos, tiny_checkpoint, tmp_path):
+    (photos / "manifest.json").write_text('{"name": "My holidays", "icons": []}')
+    assert embed(photos, tiny_checkpoint, output=tmp_path / "g", progress=QUIET).count == 4
+
+
 def test_mistakes_get_a_sentence(photos, tiny_data, tiny_checkpoint, tmp_path):
     (tmp_path / "bare").mkdir()
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "manifest.json").write_text('{"format_version": 1, "sha')
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "x.jpg").write_bytes(b"no picture")
     out = tmp_path / "g"
     with pytest.raises(UserError, match="no folder"):
         embed(tmp_path / "nowhere", tiny_checkpoint, output=out, progress=QUIET)
+    with pytest.raises(UserError, match="no folder"):
+        embed(tmp_path / ("long" * 99), tiny_checkpoint, output=out, progress=QUIET)
     with pytest.raises(UserError, match="hold no pictures"):
         embed(tmp_path / "bare", tiny_checkpoint, output=out, progress=QUIET)
+    with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+        embed(tmp_path / "damaged", tiny_checkpoint, output=out, progress=QUIET)
     with pytest.raises(UserError, match=r"none of the 1 pictures .*x\.jpg, is not an image"):
         embed(tmp_path / "bad", tiny_checkpoint, output=out, progress=QUIET)
     with pytest.raises(UserError, match="it has train, val, test"):

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from tiny_pictures import draw, same
 
 from vicvlm_cli.checkpoint import load_model
+from vicvlm_cli.data.images import load_rgb
 from vicvlm_cli.errors import UserError
 from vicvlm_cli.gallery import Gallery
 from vicvlm_cli.model.query_bank import QueryBank
@@ -53,6 +54,50 @@ def test_a_stopped_run_goes_on_where_it_was(eight, tiny_checkpoint, tmp_path, re
     assert names == ["5.png", "6.png", "7.png"]
     assert "5 of 8 pictures are as they were embedded before" in capsys.readouterr().err
     assert same(out, tmp_path / "whole")
+    assert not (tmp_path / ".g.partial").exists()
+
+
+def test_a_stopped_run_outlasts_one_of_other_views(
+    eight, tiny_checkpoint, tmp_path, reading, capsys
+):
+    names, at = reading
+    out = tmp_path / "g"
+    at["5.png"] = stop
+    with pytest.raises(KeyboardInterrupt):
+        embed(eight, tiny_checkpoint, output=out, views=7, batch_size=1, progress=QUIET)
+    at.clear()
+    assert embed(eight, tiny_checkpoint, output=out, views=1, progress=QUIET).count == 8
+    names.clear()
+    embed(eight, tiny_checkpoint, output=out, views=7, progress=Progress())
+    assert names == ["5.png", "6.png", "7.png"]
+    assert (
+        f"replaced: {out} is of --views 1 and will be of --views 7 (another --output keeps it)"
+        in capsys.readouterr().err
+    )
+    assert not (tmp_path / ".g.partial").exists()
+    embed(eight, tiny_checkpoint, output=out, views=7, progress=Progress())
+    assert "replaced" not in capsys.readouterr().err
+
+
+def test_a_stopped_run_outlasts_one_of_another_split(
+    tiny_data, tiny_checkpoint, tmp_path, monkeypatch, capsys
+):
+    out, read, at = tmp_path / "g", [], {17: stop}
+
+    def load(data, at_least=None):
+        read.append(data)
+        return at.pop(len(read), lambda: load_rgb(data, at_least))()
+
+    monkeypatch.setattr("vicvlm_cli.data.prepared.load_rgb", load)
+    monkeypatch.setattr("vicvlm_cli.inference.os.cpu_count", lambda: 1)
+    with pytest.raises(KeyboardInterrupt):
+        embed(tiny_data, tiny_checkpoint, output=out, batch_size=1, progress=QUIET)
+    read.clear()
+    assert embed(tiny_data, tiny_checkpoint, output=out, split="val", progress=QUIET).count == 6
+    assert read == []
+    embed(tiny_data, tiny_checkpoint, output=out, progress=Progress())
+    assert len(read) == 10
+    assert "16 of 26 pictures are as they were embedded before" in capsys.readouterr().err
     assert not (tmp_path / ".g.partial").exists()
 
 

@@ -186,7 +186,8 @@ def test_loader_processes_fit_into_shared_memory(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free << 20))
     monkeypatch.setattr("vicvlm_cli.workflows.launch.SHARED_MEMORY", Path("shm"))
     monkeypatch.setattr(Path, "is_dir", lambda _: True)
-    accelerator: Any = SimpleNamespace(num_processes=2, device=SimpleNamespace(type="cuda"))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # of eight: other machines have the rest
+    accelerator: Any = SimpleNamespace(num_processes=8, device=SimpleNamespace(type="cuda"))
     # Of 252 pixels; 25 pictures four batches ahead are 18.2 MiB a loader process, 500 are 91.
     plan = Plan((1,) * 500, "one", 25, 0)
     data = DataConfig(crop_scale=0.5, cache_mb=2000 if cached else 0)

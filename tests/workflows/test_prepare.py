@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -131,8 +132,9 @@ def test_too_many_bad_items_stop_with_five_names_and_lose_nothing(
 
 def test_nothing_usable_is_no_data_set(tmp_path: Path) -> None:
     flickr8k(tmp_path, number=3, broken=dict.fromkeys(range(3), b"no"))
-    with pytest.raises(UserError, match="no image of flickr8k is usable"):
+    with pytest.raises(UserError, match=r"no image of flickr8k is usable; see .*rejected\.jsonl"):
         run(tmp_path, max_bad=1)
+    assert len((tmp_path / "flickr8k" / "rejected.jsonl").read_text().splitlines()) == 3
     assert not (tmp_path / "flickr8k" / "manifest.json").exists()
 
 
@@ -175,12 +177,37 @@ def test_other_options_rebuild_in_place(tmp_path: Path) -> None:
 def test_prepared_data_outlive_their_raw_files(tmp_path: Path) -> None:
     first = run(flickr8k(tmp_path))
     (tmp_path / "images.tar.gz").unlink()
+    with zipfile.ZipFile(tmp_path / "flickr8k_text.zip", "w") as archive:
+        archive.writestr("readme.txt", "no picture")
     again = run(tmp_path)
     assert again.skipped_work
     assert again.manifest == first.manifest
     assert "no longer in" in again.warnings[0]
     with pytest.raises(UserError, match="no pictures of flickr8k"):
         prepare("flickr8k", tmp_path, image_side=99, progress=QUIET)
+
+
+def test_a_run_that_fails_leaves_the_list_of_a_whole_data_set(tmp_path: Path) -> None:
+    first = run(flickr8k(tmp_path, broken={3: b"no"}), max_bad=0.1)
+    files = {path: path.read_bytes() for path in first.path.iterdir() if path.is_file()}
+    flickr8k(tmp_path, broken=dict.fromkeys(range(6), b"no"))
+    with pytest.raises(UserError, match=r"see .*/flickr8k/rejected-[0-9a-f]{8}\.jsonl, mend or"):
+        run(tmp_path)
+    assert {path: path.read_bytes() for path in files} == files
+    assert PreparedDataset.open(first.path).manifest == first.manifest
+
+
+def test_a_manifest_of_another_program_is_not_replaced(tmp_path: Path) -> None:
+    output = tmp_path / "extension"
+    output.mkdir()
+    (output / "manifest.json").write_text('{"manifest_version": 3}')
+    with pytest.raises(UserError) as error:
+        run(tmp_path, source="scenes", sizes={"train": 2}, output=output)
+    assert str(error.value) == (
+        f"{output}/manifest.json is damaged or not a manifest of vicvlm, which would take its "
+        "place: choose another --output, or remove it if nothing needs it"
+    )
+    assert [path.name for path in output.iterdir()] == ["manifest.json"]
 
 
 def test_scenes_need_no_files_and_go_where_they_are_told(tmp_path: Path) -> None:
@@ -202,6 +229,15 @@ def test_a_folder_of_pictures_goes_to_prepared(tmp_path: Path) -> None:
     data = PreparedDataset.open(result.path)
     assert sum(data.manifest.images.values()) == 4
     assert Path(data.split("train").paths[0]).is_file()
+    assert run(tmp_path, source="folder").skipped_work
+
+
+def test_pictures_in_the_folder_of_the_output_are_found_again(tmp_path: Path) -> None:
+    (tmp_path / "prepared").mkdir()
+    for i in range(4):
+        (tmp_path / "prepared" / f"{i}.jpg").write_bytes(jpeg(i))
+        (tmp_path / "prepared" / f"{i}.txt").write_text(f"picture {i}")
+    assert sum(run(tmp_path, source="folder").manifest.images.values()) == 4
     assert run(tmp_path, source="folder").skipped_work
 
 

@@ -49,8 +49,9 @@ def ctrl_c() -> None:
 def test_a_resumed_run_ends_like_one_that_was_never_stopped(
     target: str, scenes: Path, tmp_path: Path
 ) -> None:
-    # Accumulation, crops and flips: all that a position must restore. Stopped within an epoch.
+    # Accumulation, crops, flips, dropout: all that a position must restore. Stopped in an epoch.
     settings = (
+        "model.text_dropout=0.2",
         "pretrain.batch_size=8",
         "pretrain.accumulate=2",
         "data.crop_scale=0.6",

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import pytest
@@ -173,6 +174,22 @@ def test_a_contact_sheet(gallery, photos, tmp_path):
         assert drawn.width == by_words[0] and drawn.height > by_words[1]
 
 
+def test_the_hits_are_there_without_their_sheet(gallery, tmp_path):
+    (tmp_path / "file").touch()
+    found = retrieve(gallery, WORDS, sheet=tmp_path / "file" / "sheet.png", progress=QUIET)
+    assert len(found.hits) == 10 and found.sheet is None
+    assert "cannot write the sheet" in str(found.failed)
+    assert retrieve(gallery, WORDS, progress=QUIET).failed is None
+
+
+def test_a_data_set_that_is_gone_cannot_be_drawn(tiny_data, tiny_checkpoint, tmp_path):
+    shutil.copytree(tiny_data, tmp_path / "data")
+    path = embed(tmp_path / "data", tiny_checkpoint, output=tmp_path / "g", progress=QUIET).path
+    shutil.rmtree(tmp_path / "data")
+    found = retrieve(path, WORDS, rerank=False, sheet=tmp_path / "sheet.png", progress=QUIET)
+    assert len(found.hits) == 10 and "not a prepared data set" in str(found.failed)
+
+
 def test_a_gallery_of_another_model_is_refused(gallery, make_checkpoint, tiny_checkpoint, tmp_path):
     other = make_checkpoint(seed=9)
     with pytest.raises(UserError, match="was made by another model") as caught:
@@ -196,6 +213,11 @@ def test_the_galleries_model_may_be_gone_or_replaced(tiny_data, make_checkpoint,
     checkpoint.unlink()
     with pytest.raises(UserError, match="is gone: name its new place with --checkpoint"):
         retrieve(path, WORDS, progress=QUIET)
+    header = json.loads((path / "gallery.json").read_text())
+    header["model"]["path"] = "long" * 99  # as a path that may not be looked at
+    (path / "gallery.json").write_text(json.dumps(header))
+    with pytest.raises(UserError, match="long, .* is gone: name its new place with --checkpoint"):
+        retrieve(path, WORDS, progress=QUIET)
 
 
 def test_words_that_the_model_does_not_know(gallery, capsys):
@@ -209,6 +231,9 @@ def test_mistakes_get_a_sentence(gallery, photos, tmp_path, tiny_checkpoint, mon
     for query in ("", "  \n"):
         with pytest.raises(UsageError, match="query is empty"):
             retrieve(gallery, query, progress=QUIET)
+    # What the shell makes of a word in Latin-1.
+    with pytest.raises(UsageError, match=r"the query 'caf\?' is not in UTF-8: set the terminal to"):
+        retrieve(gallery, os.fsdecode(b"caf\xe9"), progress=QUIET)
     with pytest.raises(UsageError, match="either a text or --image"):
         retrieve(gallery, progress=QUIET)
     with pytest.raises(UsageError, match="either a text or --image"):

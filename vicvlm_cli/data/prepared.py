@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -58,7 +59,10 @@ class Manifest:
 
     @classmethod
     def read(cls, path: Path) -> Manifest:
-        """Read `path`/manifest.json. Raises UserError: not prepared, damaged, or a newer format."""
+        """Read `path`/manifest.json.
+
+        Raises UserError: not prepared, unreadable, damaged or not ours, or a newer format.
+        """
         file = path / MANIFEST
         try:
             content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
@@ -68,9 +72,12 @@ class Manifest:
                 f"{path} is not a prepared data set (it has no {MANIFEST}); "
                 f"make one with `vicvlm prepare SOURCE DIR`"
             ) from None
-        except (OSError, ValueError, KeyError, TypeError):
+        except OSError as error:
+            raise UserError(f"cannot read {file}: {error.strerror or error}") from None
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(
-                f"{file} is damaged or not a manifest of vicvlm; run `vicvlm prepare` again"
+                f"{file} is damaged or not a manifest of vicvlm: name another data set, or remove "
+                "the file and run `vicvlm prepare` again"
             ) from None
         if version > FORMAT_VERSION:
             raise UserError(
@@ -83,6 +90,16 @@ class Manifest:
             return cls(**{key: value for key, value in content.items() if key in known})
         except TypeError:
             raise UserError(f"{file} lacks entries; run `vicvlm prepare` again") from None
+
+
+def is_prepared(path: str | Path) -> bool:
+    """Whether `path` holds a prepared data set, and not just another program's manifest.json."""
+    try:
+        content = json.loads((Path(path) / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    ours = isinstance(content, dict) and "format_version" in content
+    return ours and isinstance(content.get("shards"), dict)
 
 
 def split_hash(rows: Iterable[tuple[str, Iterable[str]]]) -> str:
@@ -117,7 +134,7 @@ class PreparedDataset:
             )
         files = [self.path / shard for shard in self.manifest.shards[name]]
         for file in files:
-            if not file.is_file():
+            if not os.path.isfile(file):  # Path.is_file raises where one may not look
                 raise UserError(f"{file} is gone; run `vicvlm prepare` again")
         size, written = self.manifest.size_on_disk(self.path, name), self.manifest.size_bytes[name]
         if size != written:

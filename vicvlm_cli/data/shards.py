@@ -91,10 +91,19 @@ class ShardWriter:
         if not rejected.of_caption:
             self.lost[rejected.image_id] = rejected.reason
 
-    def write_rejected(self) -> None:
-        """Write rejected.jsonl."""
+    def write_rejected(self) -> Path:
+        """List what is left out of a data set that is not finished, and tell where.
+
+        The list of one that is there stays as it is.
+        """
+        there = os.path.exists(self.path / MANIFEST)
+        file = self.path / (f"rejected-{self.fingerprint[:8]}.jsonl" if there else REJECTED)
+        self._write_rejected(file)
+        return file
+
+    def _write_rejected(self, file: Path) -> None:
         lines = [json.dumps(vars(item), ensure_ascii=False) + "\n" for item in self.rejected]
-        write_whole(self.path / REJECTED, "".join(lines))
+        write_whole(file, "".join(lines))
 
     def counts(self) -> dict[str, int]:
         """The images of each split so far."""
@@ -123,7 +132,7 @@ class ShardWriter:
             fingerprint=self.fingerprint,
             **facts,
         )
-        self.write_rejected()
+        self._write_rejected(self.path / REJECTED)
         write_whole(self.path / MANIFEST, manifest.to_json())
         self._clear({file for files in shards.values() for file in files})
         return manifest
@@ -183,6 +192,8 @@ class ShardWriter:
 
     def _clear(self, keep: set[str]) -> None:
         """Remove sidecars, leftovers, decoded pictures and old shards; nothing but our own."""
+        for file in self.path.glob(f"rejected-{'[0-9a-f]' * 8}.jsonl"):
+            file.unlink()
         for split in SPLITS:
             for file in (self.path / split).glob(f"{split}-*"):
                 ours = _OURS.fullmatch(file.name)

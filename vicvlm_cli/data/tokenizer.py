@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,15 +82,23 @@ class Tokenizer:
         Raises:
             UserError: it cannot be loaded, or is not WordPiece.
         """
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer, BertTokenizerFast
+        from transformers.utils import cached_file
 
+        troubles = (OSError, ValueError, ImportError)  # the last: no protobuf
         try:
-            loaded = AutoTokenizer.from_pretrained(name_or_path, use_fast=True)
-        except (OSError, ValueError, ImportError) as error:  # the last: no protobuf
-            raise UserError(
-                f"no tokenizer could be loaded from {name_or_path!r}: name a BERT on the hub, or a "
-                "local folder with tokenizer.json or vocab.txt"
-            ) from error
+            loaded: Any = AutoTokenizer.from_pretrained(name_or_path)
+        except troubles:
+            # The configuration of old BERTs, prajjwal1/bert-small among them, does not say what
+            # they are, and transformers guesses no more.
+            try:
+                cached_file(name_or_path, "vocab.txt")  # without it a BERT's would have no words
+                loaded = BertTokenizerFast.from_pretrained(name_or_path)
+            except troubles as error:
+                raise UserError(
+                    f"no tokenizer could be loaded from {name_or_path!r}: name a BERT on the hub, "
+                    "or a local folder with tokenizer.json or vocab.txt"
+                ) from error
         return cls.from_json(loaded.backend_tokenizer.to_str())
 
     @classmethod

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vicvlm_cli.errors import UserError
+
 
 @dataclass(frozen=True)
 class EmbedResult:
@@ -61,7 +63,10 @@ class Hit:
 
 @dataclass(frozen=True)
 class RetrieveResult:
-    """The hits of one query, best first; `query` is its text or its picture's path."""
+    """The hits of one query, best first; `query` is its text or its picture's path.
+
+    `sheet` is where they are drawn. `failed` is why they are not, though that was asked for.
+    """
 
     query: str
     by_image: bool
@@ -70,6 +75,7 @@ class RetrieveResult:
     reranked: bool
     hits: list[Hit]
     sheet: Path | None = None
+    failed: UserError | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

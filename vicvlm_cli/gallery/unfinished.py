@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from vicvlm_cli.errors import UserError
+from vicvlm_cli.gallery.items import GalleryItem
 from vicvlm_cli.gallery.store import Gallery
 from vicvlm_cli.report.progress import Progress
 
@@ -29,12 +30,13 @@ class Unfinished:
     """The gallery `whole`, whose features are filled in here until it is saved to `output`.
 
     A context: where it is left by an error, what is embedded is kept in blocks beside `output`;
-    otherwise, once the gallery is saved, the blocks of this source and model are removed.
+    otherwise, once the gallery is saved, the blocks made in the same way of its splits are removed.
 
     Attributes:
         done: [n], the pictures whose features are there.
         had: [n], those that the gallery at `output` has already, whichever model made it.
         earlier: how many that gallery has of the same source.
+        views: of each of them, None where that is unknown.
         dropped: the paths of those of them that are not in `whole`.
     """
 
@@ -46,6 +48,7 @@ class Unfinished:
         self.done = torch.zeros(len(whole), dtype=torch.bool)
         self.had = torch.zeros(len(whole), dtype=torch.bool)
         self.earlier = 0
+        self.views: int | None = None
         self.dropped: list[str] = []
         self._waiting: list[int] = []
         self._spent: list[Path] = []  # blocks that are of no use once `whole` is saved
@@ -54,18 +57,22 @@ class Unfinished:
             (item.split, item.path, item.id): row  # an id alone is a.jpg's and a.png's
             for row, item in enumerate(whole.items)
         }
+        splits = {item.split for item in whole.items}
         # No gallery is held on to: Windows replaces none whose files are open.
         if (earlier := _opened(output)) is not None and self._is_of_source(earlier):
-            found, self.dropped = self._take_over(earlier, rows, progress)
+            found, gone = self._take_over(earlier, rows, progress)
             self.had[found] = True
-            self.earlier = len(earlier)
+            self.dropped = [item.path for item in gone]
+            self.earlier, self.views = len(earlier), earlier.views
         for path in sorted(self.blocks.glob("*")):
             earlier = _opened(path)
             if earlier is None:
                 self._spent.append(path)
-            elif self._is_of_source(earlier) and earlier.model_sha256 == whole.model_sha256:
-                self._take_over(earlier, rows, progress)
-                self._spent.append(path)
+            elif self._is_of_source(earlier) and _made_by(earlier) == _made_by(whole):
+                _, gone = self._take_over(earlier, rows, progress)
+                # What is of another split, a call for that one goes on from.
+                if {item.split for item in gone} <= splits:
+                    self._spent.append(path)
 
     def left(self) -> list[int]:
         """The rows that are still to be embedded."""
@@ -92,7 +99,7 @@ class Unfinished:
         if kind is None:
             for path in self._spent:
                 shutil.rmtree(path, ignore_errors=True)
-            with suppress(OSError):  # those of another source or model are there
+            with suppress(OSError):  # others are there
                 self.blocks.rmdir()
         else:
             self._keep()
@@ -119,20 +126,22 @@ class Unfinished:
 
     def _take_over(
         self, earlier: Gallery, rows: dict[tuple[str, str, str], int], progress: Progress
-    ) -> tuple[list[int], list[str]]:
-        """The rows of pictures that `earlier` has, and the paths of those that have no row.
+    ) -> tuple[list[int], list[GalleryItem]]:
+        """The rows of pictures that `earlier` has, and those that have no row.
 
         Those that are the same still are done then.
         """
         whole = self.whole
         same = _made_by(earlier) == _made_by(whole)
-        found, gone, here, there = [], [], [], []
+        found: list[int] = []
+        gone: list[GalleryItem] = []
+        here, there = [], []
         items = progress.track(earlier.items, "comparing with what is embedded", unit="images")
         with suppress(UserError):  # a damaged line: what follows it is embedded again
             for number, item in enumerate(items):
                 row = rows.get((item.split, item.path, item.id))
                 if row is None:
-                    gone.append(item.path)
+                    gone.append(item)
                     continue
                 found.append(row)
                 now = whole.items[row]

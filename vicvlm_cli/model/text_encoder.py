@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, BertConfig, BertModel
+from transformers import BertConfig, BertModel
 
 from vicvlm_cli.errors import UserError
 from vicvlm_cli.model.dropout import replace_dropout
@@ -90,10 +90,15 @@ def load_bert(
         UserError: it cannot be loaded, is not a BERT, or has too few layers.
     """
     try:
-        kind = AutoConfig.from_pretrained(name_or_path).model_type
+        # Old BERTs, prajjwal1/bert-small among them, do not say what they are.
+        kind = BertConfig.get_config_dict(name_or_path)[0].get("model_type", "bert")
         if kind != "bert":  # transformers would make a BERT of random weights from it
             raise UserError(f"{name_or_path!r} is a {kind} model and not a BERT: name a BERT")
-        whole = BertModel.from_pretrained(name_or_path, add_pooling_layer=False)
+        whole, found = BertModel.from_pretrained(
+            name_or_path, add_pooling_layer=False, output_loading_info=True
+        )
+        if missing := sorted(found["missing_keys"]):
+            raise UserError(f"{name_or_path!r} has no weights for {missing[0]!r}: name a BERT")
     except UserError:
         raise
     except Exception as error:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from vicvlm_cli.model.attention import take
 from vicvlm_cli.model.fusion import CrossAttentionLayers
 from vicvlm_cli.model.image_encoder import sincos_2d
 from vicvlm_cli.model.text_encoder import bert_config
@@ -125,14 +126,16 @@ class JointPatchHead(nn.Module):
             masked: long [B, M], the hidden patches.
 
         Returns:
-            [B, prefix + N, D], mask tokens at the end if there are such, and long [B, M].
+            [B, prefix + N, D], patches in order, and long [B, M].
         """
         if self.mask_token is None:
             return tokens, masked + prefix
         hidden = (self.mask_token + self.positions[masked]).to(tokens.dtype)  # [B, M, D]
         visible = tokens[:, prefix:] + self.positions[encoded].to(tokens.dtype)
-        number = tokens.shape[1] + torch.arange(masked.shape[1], device=tokens.device)
-        return torch.cat([tokens[:, :prefix], visible, hidden], dim=1), number.expand_as(masked)
+        # The fusion numbers its tokens: a patch is to have the number of its place in each pass.
+        order = torch.cat([encoded, masked], dim=1).argsort(1)
+        patches = take(torch.cat([visible, hidden], dim=1), order)  # [B, N, D]
+        return torch.cat([tokens[:, :prefix], patches], dim=1), masked + prefix
 
     def forward(self, fused_image: Tensor) -> Tensor:
         """Fused tokens of the hidden patches, [B, M, fused_width], to [B, M, out_width]."""

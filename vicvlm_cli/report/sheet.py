@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import struct
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 
 from vicvlm_cli.errors import UsageError, UserError
 
@@ -73,8 +74,14 @@ def save_sheet(sheet: Image.Image, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         sheet.save(beside)
         os.replace(beside, path)
-    except OSError as error:
-        raise UserError(f"cannot write the sheet {path}: {error.strerror or error}") from error
+    except (OSError, ValueError, OverflowError, struct.error) as error:
+        if why := getattr(error, "strerror", None):
+            raise UserError(f"cannot write the sheet {path}: {why}") from error
+        # Pillow's: JPEG, WebP and GIF hold no picture as long as that of many hits.
+        raise UserError(
+            f"cannot write the sheet {path}, of {sheet.width:,} x {sheet.height:,} pixels "
+            f"({error}): lower --top-k, or name it {path.stem}.png"
+        ) from error
     finally:
         with suppress(OSError):
             beside.unlink(missing_ok=True)
@@ -82,9 +89,11 @@ def save_sheet(sheet: Image.Image, path: Path) -> None:
 
 def _paste(sheet: Image.Image, picture: Image.Image, x: int, y: int) -> None:
     """The whole picture, in the middle of a square of side CELL."""
-    scaled = ImageOps.contain(picture.convert("RGB"), (CELL, CELL), Image.Resampling.LANCZOS)
+    longest = max(picture.size)
+    width, height = (max(1, round(CELL * side / longest)) for side in picture.size)
+    scaled = picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
     ImageDraw.Draw(sheet).rectangle((x, y, x + CELL - 1, y + CELL - 1), fill="#f2f2f2")
-    sheet.paste(scaled, (x + (CELL - scaled.width) // 2, y + (CELL - scaled.height) // 2))
+    sheet.paste(scaled, (x + (CELL - width) // 2, y + (CELL - height) // 2))
 
 
 @cache

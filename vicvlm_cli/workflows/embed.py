@@ -12,7 +12,7 @@ from PIL import Image
 
 from vicvlm_cli.checkpoint import load_model
 from vicvlm_cli.data.images import load_rgb
-from vicvlm_cli.data.prepared import MANIFEST, PreparedDataset
+from vicvlm_cli.data.prepared import MANIFEST, PreparedDataset, is_prepared
 from vicvlm_cli.data.sources.files import stamp, walk
 from vicvlm_cli.errors import UsageError, UserError
 from vicvlm_cli.gallery.items import GalleryItem
@@ -63,8 +63,8 @@ def embed(
     source = Path(source)
     if batch_size < 1:
         raise UsageError(f"--batch-size must be at least 1, not {batch_size}")
-    prepared = (source / MANIFEST).is_file()
-    if not prepared and not source.is_dir():
+    prepared = is_prepared(source)
+    if not prepared and not os.path.isdir(source):
         raise UserError(
             f"there is no folder {source}: name one with pictures, or a prepared data set"
         )
@@ -105,6 +105,11 @@ def embed(
     if work.dropped:
         dropped = len(work.dropped)
         progress.say(f"dropped: {dropped:,} of the {work.earlier:,} pictures in {output}")
+    if work.views is not None and work.views != whole.views:
+        progress.say(
+            f"replaced: {output} is of --views {work.views} and will be of --views {whole.views} "
+            "(another --output keeps it)"
+        )
     with work:
         skipped = _fill(work, model, load, batch_size, progress)
         if not work.done.any():
@@ -196,6 +201,8 @@ def _folder(
     """The pictures of a folder; `unread` is told which subfolders cannot be read."""
     files = [path for path in walk(source, sys.maxsize, unread) if path.suffix.lower() in SUFFIXES]
     if not files:
+        if os.path.exists(source / MANIFEST):
+            PreparedDataset.open(source)  # says that it is damaged
         raise UserError(
             f"{source} and its subfolders hold no pictures (files named {', '.join(SUFFIXES)})"
             + "".join(f"; {warning}" for warning in unread.values())

@@ -238,7 +238,8 @@ def with_workers(
     """``data`` with a number of loader processes that suits the machine, where it names none."""
     if data.workers >= 0:
         return data
-    processes = accelerator.num_processes
+    # Of this machine, whose cores and memory they share; the launcher names them.
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or accelerator.num_processes)
     # On the CPU the training itself wants every core: a loader process only takes turns with it.
     if accelerator.device.type == "cpu":
         return dataclasses.replace(data, workers=0)

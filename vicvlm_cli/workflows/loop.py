@@ -204,8 +204,7 @@ def run_loop(
     def ready(batch: Batch, number: int) -> tuple[Batch, Noise]:
         """The run's ``number``-th batch on the device and augmented, and its noise."""
         noise = Noise(config.seed, number, accelerator.device)
-        if config.caches_contrast:  # it comes twice, to the same dropout
-            seed_modules(config.seed, number)
+        seed_modules(config.seed, number)  # the same dropout when it comes again, or resumed
         with part("augment"):
             if views is not None:
                 batch = views.choose(batch, number, accelerator.device)

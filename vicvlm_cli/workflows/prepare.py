@@ -13,7 +13,7 @@ from typing import Any
 
 from vicvlm_cli import __version__
 from vicvlm_cli.data.images import BadImage, encode_image
-from vicvlm_cli.data.prepared import REJECTED, Manifest
+from vicvlm_cli.data.prepared import MANIFEST, REJECTED, Manifest, is_prepared
 from vicvlm_cli.data.shards import ShardWriter
 from vicvlm_cli.data.sources import find_source, output_name
 from vicvlm_cli.data.sources.listing import (
@@ -68,7 +68,8 @@ def prepare(
 
     `image_side` is the short side in pixels of the stored images, `max_bad` the tolerated fraction
     of bad pictures, `sizes` the images of each split of `scenes`. Continues an interrupted run;
-    does nothing if the data set is there. Raises UserError: no raw files, too many bad pictures.
+    does nothing if the data set is there. Raises UserError: no raw files, too many bad pictures,
+    or another program's manifest.json in `output`.
     """
     if image_side < 1:
         raise UsageError(f"the image side must be at least 1 pixel, not {image_side}")
@@ -78,6 +79,11 @@ def prepare(
     output = Path(output) if output is not None else directory / output_name(source)
     if (shown := escaped(str(output))) != str(output):
         raise UsageError(f"{shown} is no name in UTF-8, which shards need: choose another --output")
+    if os.path.exists(output / MANIFEST) and not is_prepared(output):
+        raise UserError(
+            f"{output / MANIFEST} is damaged or not a manifest of vicvlm, which would take its "
+            "place: choose another --output, or remove it if nothing needs it"
+        )
     try:
         listing = find_source(
             source,
@@ -123,7 +129,7 @@ def _build(
         progress.say(f"continuing in {output}: {len(writer.done):,} images were done")
     _fill(writer, listing, image_side, max_bad, workers or os.cpu_count() or 1, progress)
     if not writer.counts():
-        raise UserError(f"no image of {listing.source} is usable; see {output / REJECTED}")
+        raise UserError(f"no image of {listing.source} is usable; see {writer.write_rejected()}")
     captions = Counter(
         item.reason
         for item in listing.rejected
@@ -214,14 +220,14 @@ class _Gate:
         bad, total = len(self.writer.lost), self.listing.total
         if bad <= self.max_bad * total:
             return
-        self.writer.write_rejected()
+        listed = self.writer.write_rejected()
         first = ", ".join(
             f"{escaped(name)} ({reason})" for name, reason in islice(self.writer.lost.items(), 5)
         )
         raise UserError(
             f"at least {bad:,} of {total:,} images are bad, more than --max-bad "
-            f"{self.max_bad:g} allows: {first}; see {self.writer.path / REJECTED}, mend or remove "
-            f"them, or raise --max-bad (what is finished is kept)"
+            f"{self.max_bad:g} allows: {first}; see {listed}, mend or remove them, or raise "
+            "--max-bad (what is finished is kept)"
             + "".join(f"; {warning}" for warning in self.listing.warnings)
         )
 

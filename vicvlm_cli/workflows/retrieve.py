@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from vicvlm_cli.gallery.results import Hit, RetrieveResult
 from vicvlm_cli.gallery.store import Gallery, check_model
 from vicvlm_cli.inference import LoadedModel
 from vicvlm_cli.report.progress import Progress
-from vicvlm_cli.report.sheet import Cell, check_sheet, contact_sheet, save_sheet
+from vicvlm_cli.report.sheet import Cell, check_sheet, contact_sheet, printable, save_sheet
 
 CANDIDATES = 128
 THUMBNAIL = 448
@@ -39,25 +40,15 @@ def retrieve(
         rerank: order the best candidates by similarity and ITM together, or by the pair score of
             a model where that stands alone, SCAN or ViLT (text queries only). None is the model's
             own way: where the weight of its score, chosen on validation, is above 0.
-        sheet: a picture file to draw the query and the hits into.
+        sheet: a picture file to draw the query and the hits into. Where that cannot be done, the
+            result has the hits and says why.
 
     Raises:
-        UsageError: not exactly one query, an empty one, or one that cannot be re-ranked.
+        UsageError: as :func:`check`, or the model cannot re-rank.
         UserError: gallery, model or query picture cannot be read, or the model is not the one
             that made the gallery.
     """
-    if (query is None) == (image is None):
-        raise UsageError("give either a text or --image PATH to look for")
-    if query is not None and not query.strip():
-        raise UsageError("the query is empty: give some words to look for, or --image PATH")
-    if rerank and query is None:
-        raise UsageError(
-            "--rerank compares words with pictures: it needs a text query, not --image"
-        )
-    if top_k < 1:
-        raise UsageError(f"--top-k must be at least 1, not {top_k}")
-    if sheet is not None:
-        check_sheet(sheet)
+    shown = check(query, image, top_k=top_k, rerank=rerank, sheet=sheet)
     stored = Gallery.open(gallery)
     model = _model_of(stored, gallery, checkpoint, progress)
     own = model.vlm.pair_score
@@ -103,13 +94,12 @@ def retrieve(
             zip(scores[:top_k], cosines, rows.tolist(), strict=False), start=1
         )
     ]
+    failed = None
     if sheet is not None:
-        shown = None if image is None else load_rgb(image, at_least=THUMBNAIL)
-        cells = [
-            Cell(_picture(stored, hit.row), f"{hit.rank}.  {hit.score:.3f}", hit.caption or hit.id)
-            for hit in progress.track(hits, "drawing", unit="images")
-        ]
-        save_sheet(contact_sheet(text or f"pictures like {image}", cells, shown), sheet)
+        try:
+            _draw(text or f"pictures like {image}", shown, hits, stored, sheet, progress)
+        except UserError as error:  # the hits are there all the same
+            sheet, failed = None, error
     return RetrieveResult(
         query=text or str(image),
         by_image=image is not None,
@@ -118,7 +108,46 @@ def retrieve(
         reranked=rerank,
         hits=hits,
         sheet=sheet,
+        failed=failed,
     )
+
+
+def check(
+    query: str | None,
+    image: Path | None,
+    *,
+    top_k: int = 10,
+    rerank: bool | None = None,
+    sheet: Path | None = None,
+) -> Image.Image | None:
+    """What is asked of :func:`retrieve`, before any work: the query picture, small, if it is one.
+
+    Raises:
+        UsageError: not exactly one query, one that is empty, not text or cannot be re-ranked, or a
+            sheet that is not named as a picture.
+        UserError: the query picture cannot be read.
+    """
+    if (query is None) == (image is None):
+        raise UsageError("give either a text or --image PATH to look for")
+    if query is not None and not query.strip():
+        raise UsageError("the query is empty: give some words to look for, or --image PATH")
+    if query is not None and printable(query) != query:
+        raise UsageError(
+            f"the query {printable(query)!r} is not in UTF-8: set the terminal to UTF-8 and give "
+            "it again"
+        )
+    if rerank and query is None:
+        raise UsageError(
+            "--rerank compares words with pictures: it needs a text query, not --image"
+        )
+    if top_k < 1:
+        raise UsageError(f"--top-k must be at least 1, not {top_k}")
+    if sheet is not None:
+        check_sheet(sheet)
+    try:
+        return None if image is None else load_rgb(image, at_least=THUMBNAIL)
+    except BadImage as error:
+        raise UserError(f"picture {image} cannot be read: {error.reason}") from None
 
 
 def _model_of(
@@ -127,7 +156,7 @@ def _model_of(
     """The model to search with, which must be the one that made the gallery."""
     if checkpoint is None:
         checkpoint = Path(gallery.model_path)
-        if not checkpoint.is_file():
+        if not os.path.isfile(checkpoint):  # Path's own raises where one may not look
             raise UserError(
                 f"{checkpoint}, the model that made the gallery {path}, is gone: "
                 "name its new place with --checkpoint, or run `vicvlm embed` with another"
@@ -205,6 +234,22 @@ def _reranked(
     scores = scale * similarity[at] + weight * logits
     order = scores.argsort(descending=True, stable=True)
     return scores[order], at[order]
+
+
+def _draw(
+    title: str,
+    query: Image.Image | None,
+    hits: list[Hit],
+    gallery: Gallery,
+    sheet: Path,
+    progress: Progress,
+) -> None:
+    """Raises UserError where the data set is gone or the sheet cannot be written."""
+    cells = [
+        Cell(_picture(gallery, hit.row), f"{hit.rank}.  {hit.score:.3f}", hit.caption or hit.id)
+        for hit in progress.track(hits, "drawing", unit="images")
+    ]
+    save_sheet(contact_sheet(title, cells, query), sheet)
 
 
 def _picture(gallery: Gallery, row: int) -> Image.Image | None:

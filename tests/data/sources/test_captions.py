@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 from vicvlm_cli.data.sources.captions import (
+    as_list,
+    known_splits,
     read_coco,
     read_image_list,
     read_jsonl,
     read_karpathy,
     read_names,
-    read_table,
     read_token,
     split_of_name,
 )
@@ -88,96 +89,6 @@ def test_token_files(tmp_path: Path) -> None:
         read_token(raw(tmp_path, "other.token", "1.jpg A dog"))
 
 
-def test_kaggle_results_with_its_broken_row(tmp_path: Path) -> None:
-    text = (
-        "image_name| comment_number| comment\n"
-        '1.jpg| 0| "Two" men , one | hat .\n'
-        "2.jpg| 4   A dog runs .\n"
-    )
-    entries = read_table(raw(tmp_path, "results.csv", text))
-    assert [entry.image for entry in entries] == ["1.jpg", "2.jpg"]
-    assert " ".join(entries[0].captions[0].split()) == '"Two" men , one hat .'
-    assert entries[1].captions == ["A dog runs ."]
-
-
-def test_kaggle_captions_with_quotes_and_commas(tmp_path: Path) -> None:
-    text = 'image,caption\r\n1.jpg,"A dog, a ""cat"" ."\r\n2.jpg,Plain .\r\n'
-    assert read_table(raw(tmp_path, "captions.txt", text)) == [
-        ("1.jpg", None, ['A dog, a "cat" .']),
-        ("2.jpg", None, ["Plain ."]),
-    ]
-
-
-HEAD = "file_name,caption,lang\n"
-
-
-def test_a_delimiter_in_a_caption_without_quotes_is_its_own_or_is_told(tmp_path: Path) -> None:
-    text = 'lang,file_name,caption\nen,a.jpg,a dog, wet\nen,b.jpg,a cat,,\nen,c.jpg,"x, y"\n'
-    entries = read_table(raw(tmp_path, "captions.csv", text))
-    assert [entry.captions for entry in entries] == [["a dog, wet"], ["a cat"], ["x, y"]]
-    text = 'file_name,captions\na.jpg,["x", "y"]\n'
-    assert read_table(raw(tmp_path, "captions.csv", text))[0].captions == ["x", "y"]
-    for row in ("a.jpg,a dog, wet,en", "a.jpg,a dog, wet,"):
-        with pytest.raises(UserError) as error:
-            read_table(raw(tmp_path, "captions.csv", f'{HEAD}b.jpg,"two\nlines",en\n{row}\n'))
-        assert str(error.value) == (
-            f"{tmp_path / 'captions.csv'}, line 4: 4 cells below a header of 3, so that it is open "
-            "where the caption ends: if a ',' is part of it, put such a caption in quotation marks"
-        )
-    text = "file_name\tcaption\tlang\na.jpg\ta\tdog\ten\n"
-    with pytest.raises(UserError, match="line 2: 4 cells .* a tab is part of it, put such"):
-        read_table(raw(tmp_path, "captions.tsv", text))
-    with pytest.raises(UserError, match=r"line 2: 4 cells .* a '\|' is part of it, take it out"):
-        read_table(raw(tmp_path, "captions.csv", "image|caption|lang\na.jpg|a | dog|en\n"))
-
-
-def test_a_row_without_its_last_cell_keeps_its_caption(tmp_path: Path) -> None:
-    text = f"{HEAD}a.jpg,2 dogs on a beach\nb.jpg,two,en\n"
-    entries = read_table(raw(tmp_path, "captions.csv", text))
-    assert [entry.captions for entry in entries] == [["2 dogs on a beach"], ["two"]]
-
-
-@pytest.mark.parametrize(
-    ("name", "told"),
-    [
-        *((name, True) for name in ("caption_de", "captions", "caption2", "alt_text", "comment")),
-        *((name, False) for name in ("caption_id", "comment_number", "texture", "split", "lang")),
-    ],
-)
-def test_further_captions_that_are_not_read_are_told(tmp_path: Path, name: str, told: bool) -> None:
-    read, name = ("captions", "caption") if name == "captions" else ("caption", name)
-    warnings: list[str] = []
-    table = raw(tmp_path, "captions.csv", f"file_name,{name},{read}\na.jpg,ein Hund,a dog\n")
-    lines = raw(tmp_path, "captions.jsonl", {"file_name": "a.jpg", read: "a dog", name: "Hund"})
-    assert read_table(table, warnings)[0].captions == ["a dog"]
-    assert read_jsonl(lines, warnings)[0].captions == ["a dog"]
-    assert len(warnings) == 2 * told
-    for warning, file in zip(warnings, (table, lines), strict=False):
-        assert warning.startswith(f"{file}: captions are read from {read} alone, not from {name};")
-
-
-def test_a_caption_of_several_lines_is_one_but_an_open_quote_is_told(tmp_path: Path) -> None:
-    head = 'file_name,caption\na.jpg,"one\ntwo"\n'
-    assert read_table(raw(tmp_path, "captions.csv", head)) == [("a.jpg", None, ["one\ntwo"])]
-    for tail in (
-        'b.jpg,"open\nc.jpg,three\n',  # up to the end of the file
-        'b.jpg,"open\nc.jpg,"three, four"\n',  # up to the next quotation mark
-        'b.jpg,"open\n' + "c.jpg,three\n" * 15_000 + 'd.jpg,"four"\n',  # beyond csv's limit
-    ):
-        with pytest.raises(UserError, match=r"captions\.csv, line 4: no row of a table .*close"):
-            read_table(raw(tmp_path, "captions.csv", head + tail))
-
-
-def test_tables_with_splits_lists_and_a_byte_order_mark(tmp_path: Path) -> None:
-    text = '\ufefffile_name\tcaptions\tsplit\na.png\t["x", "y"]\tvalidation\nb.png\tz\ttest\n'
-    assert read_table(raw(tmp_path, "captions.tsv", text)) == [
-        ("a.png", "val", ["x", "y"]),
-        ("b.png", "test", ["z"]),
-    ]
-    with pytest.raises(UserError, match="needs a header with file_name and caption.*a, b"):
-        read_table(raw(tmp_path, "bad.csv", "a,b\n1,2\n"))
-
-
 def test_jsonl_with_caption_or_captions(tmp_path: Path) -> None:
     lines = [
         {"file_name": "a.jpg", "caption": "x"},
@@ -192,8 +103,47 @@ def test_jsonl_with_caption_or_captions(tmp_path: Path) -> None:
     ]
     with pytest.raises(UserError, match="line 2: not valid JSON"):
         read_jsonl(raw(tmp_path, "bad.jsonl", '{"file_name": "a", "caption": "b"}\n{"file'))
-    with pytest.raises(UserError, match="line 1: needs file_name and caption"):
-        read_jsonl(raw(tmp_path, "lame.jsonl", '{"file_name": "a"}'))
+    for row in ('{"file_name": "a"}', '{"file_name": null, "caption": "x"}', "[]", "5"):
+        with pytest.raises(UserError, match="line 1: needs file_name and caption"):
+            read_jsonl(raw(tmp_path, "lame.jsonl", row))
+
+
+def test_what_is_no_text_is_no_caption(tmp_path: Path) -> None:
+    assert as_list(["a dog", None, {"raw": "it runs"}, {"raw": None}]) == ["a dog", "it runs"]
+    assert as_list([5, {"id": 1}, ["x"]]) == ["", "", ""]  # told as empty captions
+    said = [None, 5, "a dog"]
+    karpathy = {"filename": "a.jpg", "split": "val", "sentences": [{"raw": raw} for raw in said]}
+    coco = {
+        "images": [{"id": 7, "file_name": "a.jpg"}],
+        "annotations": [{"image_id": 7, "caption": raw} for raw in said],
+    }
+    expected = [("a.jpg", "val", ["", "a dog"])]
+    assert read_karpathy(raw(tmp_path, "d.json", {"images": [karpathy]})) == expected
+    assert read_coco(raw(tmp_path, "captions_val2014.json", coco)) == expected
+    albef = [{"image": "a.jpg", "caption": said}]
+    assert read_image_list(raw(tmp_path, "flickr30k_val.json", albef)) == expected
+
+
+def test_a_split_keeps_its_unknown_name_until_it_is_told(tmp_path: Path) -> None:
+    splits = ["training", "testing", "eval", " Holdout ", "", None, 0]
+    text = "\n".join(
+        json.dumps({"file_name": f"{i}.jpg", "caption": "x", "split": split})
+        for i, split in enumerate(splits)
+    )
+    entries = read_jsonl(raw(tmp_path, "captions.jsonl", text))
+    given = ["train", "test", "val", "Holdout", None, None, "0"]
+    assert [entry.split for entry in entries] == given
+    known, unknown = known_splits(entries)
+    assert [entry.split for entry in known] == ["train", "test", "val", None, None, None, None]
+    assert unknown == ["Holdout", "0"]
+
+
+def test_jsonl_lines_end_in_any_way(tmp_path: Path) -> None:
+    rows = [json.dumps({"file_name": name, "caption": name}) for name in "ab"]
+    for end in ("\r", "\r\n"):
+        (tmp_path / "captions.jsonl").write_bytes(end.join(rows).encode())
+        entries = read_jsonl(RawFile(tmp_path / "captions.jsonl"))
+        assert [entry.captions for entry in entries] == [["a"], ["b"]]
 
 
 def test_split_lists(tmp_path: Path) -> None:
@@ -224,6 +174,13 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
         read_coco(raw(tmp_path, "captions_val2014.json", {"info": 1}))
     with pytest.raises(UserError, match="not a list of"):
         read_image_list(raw(tmp_path, "coco_val.json", {"a": 1}))
+    with pytest.raises(UserError, match="not a list of"):
+        read_image_list(raw(tmp_path, "coco_val.json", [{"image": 5, "caption": "x"}]))
+    nested = "[" * 100_000
+    with pytest.raises(UserError, match="d.json is not valid JSON"):
+        read_karpathy(raw(tmp_path, "d.json", nested))
+    with pytest.raises(UserError, match="line 1: not valid JSON"):
+        read_jsonl(raw(tmp_path, "d.jsonl", nested))
     (tmp_path / "e.json.gz").write_bytes(b"\x1f\x8b broken")
     with pytest.raises(UserError, match="cannot read .*fetch it again"):
         read_karpathy(RawFile(tmp_path / "e.json.gz"))

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from vicvlm_cli.data.sources.files import walk
+from vicvlm_cli.data.sources.files import escapes, is_absolute, walk
 
 
 def names(folder: Path) -> list[str]:
@@ -61,3 +61,19 @@ def test_a_folder_whose_entries_cannot_be_looked_at_is_told(
     assert walk(tmp_path, 9, unread) == []
     assert list(unread) == [tmp_path]
     assert f"cannot read the folder {tmp_path} (Permission denied)" in unread[tmp_path]
+
+
+@pytest.mark.parametrize(
+    ("name", "absolute", "out"),
+    [
+        ("a/b.jpg", False, False),
+        ("9:41.png", False, False),
+        ("C:a.png", True, True),
+        ("\\\\server\\a.png", True, True),
+        ("/a.png", True, True),
+        ("a/../../b.png", False, True),
+        ("..a.png", False, False),
+    ],
+)
+def test_names_that_lead_out_of_a_folder(name: str, absolute: bool, out: bool) -> None:
+    assert (is_absolute(name), escapes(name)) == (absolute, out)

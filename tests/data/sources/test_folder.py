@@ -76,6 +76,82 @@ def test_metadata_in_folders_called_train_and_test(tmp_path: Path) -> None:
     assert splits(listing) == {"train/a.png": "train", "test/a.png": "test"}
 
 
+def test_folders_one_level_down_are_splits_where_every_picture_is_in_one(tmp_path: Path) -> None:
+    names = ["images/train/a.png", "images/val/train/b.png"]
+    pictures(tmp_path, *names, "images/c.png")
+    jsonl(tmp_path / "captions.jsonl", *({"file_name": n, "caption": "x"} for n in names))
+    listing = find_source("folder", tmp_path)
+    assert listing.split_name == "folders"
+    assert splits(listing) == {names[0]: "train", names[1]: "val"}
+
+    # A folder of trains and one of tests, say, in a tree that has no splits.
+    jsonl(
+        tmp_path / "captions.jsonl",
+        *({"file_name": n, "caption": "x"} for n in [*names, "images/c.png"]),
+    )
+    listing = find_source("folder", tmp_path)
+    assert listing.split_name == "random-hash-seed0"
+    assert listing.warnings == [
+        f"2 of 3 pictures in {tmp_path} lie in folders named by a split (train, val) and the "
+        "others do not, so the split is by chance: --split-scheme folders goes by the folders, "
+        "without the others"
+    ]
+    assert find_source("folder", tmp_path, split_scheme="random").warnings == []
+    assert splits(find_source("folder", tmp_path, split_scheme="folders")) == {
+        names[0]: "train",
+        names[1]: "val",
+    }
+
+
+def test_unknown_splits_are_told_before_there_is_one_by_chance(tmp_path: Path) -> None:
+    pictures(tmp_path, "a.png", "b.png")
+    table = tmp_path / "captions.csv"
+    table.write_text("file_name,caption,split\na.png,x,fold1\nb.png,y,fold2\n")
+    with pytest.raises(UserError) as error:
+        find_source("folder", tmp_path)
+    assert not isinstance(error.value, NothingFound)  # which an older prepared data set outlives
+    assert str(error.value) == (
+        f"unknown splits in the captions in {tmp_path}: fold1, fold2 (known are train, val, test, "
+        "dev, eval, valid, validation, restval, training, testing); rename them, or have a split "
+        "by chance: --split-scheme random"
+    )
+    assert find_source("folder", tmp_path, split_scheme="random").warnings == []
+    table.write_text("file_name,caption,split\na.png,x,Training\nb.png,y,fold2\n")
+    listing = find_source("folder", tmp_path)
+    assert splits(listing) == {"a.png": "train"}
+    assert [(bad.image_id, bad.reason) for bad in listing.rejected] == [("b.png", "no split")]
+    (warning,) = listing.warnings
+    assert "fold2 (known are" in warning and warning.endswith("count for nothing, rename them")
+
+
+def test_the_same_captions_in_two_files_count_once(tmp_path: Path) -> None:
+    pictures(tmp_path, "sub/a.png")
+    (tmp_path / "captions.csv").write_text("file_name,caption\nsub/a.png,a  dog\nsub/a.png,wet\n")
+    row = {"file_name": "a.png", "captions": ["a dog", "brown", " ", ""], "split": "train"}
+    jsonl(tmp_path / "sub" / "metadata.jsonl", row)
+    listing = find_source("folder", tmp_path)
+    assert captions(listing) == {"sub/a.png": ("a dog", "wet", "brown")}
+    assert splits(listing) == {"sub/a.png": "train"}  # which only one of them tells
+    assert [bad.reason for bad in listing.rejected] == ["empty caption"] * 2
+    assert listing.warnings == [
+        f"1 captions in {tmp_path} are there again, in the same words for the same picture, and "
+        "count once"
+    ]
+
+
+def test_names_may_go_up_as_long_as_they_stay_inside(tmp_path: Path) -> None:
+    pictures(tmp_path, "data/images/a.png", "data/9:41.png", "b.png")
+    (tmp_path / "data" / "annotations").mkdir()
+    names = ["../images/a.png", "../9:41.png", "x/../../images/./a.png", "../../b.png", "C:b.png"]
+    rows = [{"file_name": name, "caption": name} for name in names]
+    jsonl(tmp_path / "data" / "annotations" / "captions.jsonl", *rows)
+    listing = find_source("folder", tmp_path / "data")
+    assert captions(listing) == {"images/a.png": (names[0], names[2]), "9:41.png": (names[1],)}
+    assert [(bad.image_id, bad.reason) for bad in listing.rejected] == [
+        (name, "outside the folder") for name in names[3:]
+    ]
+
+
 def test_a_text_file_beside_each_picture_and_a_split_by_chance(tmp_path: Path) -> None:
     pictures(tmp_path, *(f"{i}.png" for i in range(40)))
     for i in range(40):
@@ -228,8 +304,8 @@ def test_links_to_folders_called_train_and_val_are_splits(tmp_path: Path) -> Non
 
 
 def test_captions_admit_nothing_that_is_left_out(tmp_path: Path) -> None:
-    names = [".h/a.png", "z/.a.png", "prepared/b.png", "latest/.a.png"]
-    pictures(tmp_path, "z/a.png", *names[:3])
+    names = [".h/a.png", "z/.a.png", "latest/.a.png"]
+    pictures(tmp_path, "z/a.png", *names[:2])
     (tmp_path / "latest").symlink_to("z")
     rows = [{"file_name": name, "caption": "x"} for name in ["z/a.png", *names]]
     jsonl(tmp_path / "captions.jsonl", *rows)
@@ -258,15 +334,18 @@ def test_a_folder_that_cannot_be_read_is_told(
     assert told in str(error.value)
 
 
-def test_what_was_prepared_is_no_raw_material(tmp_path: Path) -> None:
-    pictures(tmp_path, "a.png", "prepared/b.png")
-    jsonl(tmp_path / "captions.jsonl", {"file_name": "a.png", "caption": "x"})
-    assert find_source("folder", tmp_path).warnings == []
+def test_a_folder_called_prepared_is_read_like_any_other(tmp_path: Path) -> None:
+    pictures(tmp_path, "prepared/a.png")
+    jsonl(tmp_path / "captions.jsonl", {"file_name": "prepared/a.png", "caption": "x"})
+    listing = find_source("folder", tmp_path)
+    assert len(list(listing.stream(set()))) == 1
+    assert listing.warnings == []
 
 
 def test_nothing_there_says_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(NothingFound, match="there is no folder"):
-        find_source("folder", tmp_path / "nowhere")
+    for name in ("nowhere", "x" * 300):
+        with pytest.raises(NothingFound, match="there is no folder"):
+            find_source("folder", tmp_path / name)
     with pytest.raises(NothingFound, match=r"no pictures in .*captions\.jsonl"):
         find_source("folder", tmp_path)
     pictures(tmp_path, "a.png")

@@ -95,6 +95,20 @@ def test_a_folder_of_pictures_without_a_split_gets_one_by_chance(tmp_path: Path)
         assert item.captions == (f"a{load_rgb(draw(pic)).getpixel((0, 0))[0]}", "b")
 
 
+def test_unknown_splits_of_rows_are_told(tmp_path: Path) -> None:
+    columns = {
+        "image": [{"bytes": picture(50 * i), "path": None} for i in range(2)],
+        "caption": [["x", None], ["y", None]],
+        "split": ["fold1", "fold2"],
+    }
+    repo = tmp_path / "repo"
+    parquet(repo, "train", columns)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=f"unknown splits in {repo}: fold1, fold2 "):
+        find_source("folder", tmp_path, from_hub=str(repo))
+    listing = find_source("folder", tmp_path, from_hub=str(repo), split_scheme="random")
+    assert [item.captions for item in listing.items()] == [("x",), ("y",)]
+
+
 def test_what_cannot_be_loaded_or_used_says_why(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot load .*nowhere.*check the name"):
         find_source("folder", tmp_path, from_hub=str(tmp_path / "nowhere"))

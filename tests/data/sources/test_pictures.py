@@ -15,7 +15,7 @@ import pytest
 from vicvlm_cli.data.images import BadImage
 from vicvlm_cli.data.sources import pictures
 from vicvlm_cli.data.sources.listing import Item, draw
-from vicvlm_cli.data.sources.pictures import stream_pictures
+from vicvlm_cli.data.sources.pictures import has_pictures, stream_pictures
 
 NOISE = random.Random(0).randbytes(200_000)
 
@@ -63,6 +63,29 @@ def test_every_kind_of_archive(tmp_path: Path, ending: str) -> None:
         ("a.jpg", b"ay"),
     ]
     assert stream[0][0].path == f"images.{ending}!images/b.jpg"
+
+
+@pytest.mark.parametrize("ending", ["tar", "tar.gz", "zip"])
+def test_an_archive_of_captions_alone_has_no_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    path = tmp_path / f"captions.{ending}"
+
+    def holds(*names: str) -> bool:
+        if ending == "zip":
+            with zipfile.ZipFile(path, "w") as archive:
+                for name in names:
+                    archive.writestr(name, b"x")
+        else:
+            tar(path, [(name, b"x") for name in names], "w:gz" if ending == "tar.gz" else "w")
+        return has_pictures([path])
+
+    assert not holds("dataset.json", "__MACOSX/._a.jpg")
+    assert holds("dataset.json", "images/a.JPG")
+    path.write_bytes(b"<html>404</html>")  # which its reader tells
+    assert has_pictures([path])
+    monkeypatch.setattr(pictures, "MAX_CAPTIONS_TAR", 10)
+    assert holds("dataset.json") == (ending == "tar.gz")
 
 
 def test_loose_files_come_before_archives_and_each_picture_once(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from vicvlm_cli.data.sources import find_source
 from vicvlm_cli.data.sources.listing import Listing, NothingFound, partial_text
-from vicvlm_cli.errors import UsageError
+from vicvlm_cli.errors import UsageError, UserError
 
 SPLIT = {"1.jpg": "train", "2.jpg": "train", "3.jpg": "val", "4.jpg": "test"}
 NAMES = list(SPLIT)
@@ -271,6 +271,25 @@ def test_half_of_it_found_says_which_half(tmp_path: Path) -> None:
     (tmp_path / "dataset_flickr8k.json").write_bytes(karpathy())
     with pytest.raises(NothingFound, match="no pictures of flickr8k"):
         find_source("flickr8k", tmp_path)
+
+
+def test_the_zip_of_captions_alone_is_no_picture(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "caption_datasets.zip", "w") as content:
+        content.writestr("dataset_flickr30k.json", karpathy())
+    with pytest.raises(NothingFound, match=r"no pictures of flickr30k .*flickr30k-images\.tar\.gz"):
+        find_source("flickr30k", tmp_path)
+
+
+def test_unknown_splits_of_a_split_file_are_told(tmp_path: Path) -> None:
+    pictures(tmp_path / "images")
+    file = tmp_path / "dataset_flickr8k.json"
+    file.write_bytes(karpathy(SPLIT | {"4.jpg": "holdout"}))
+    assert "unknown splits" in find_source("flickr8k", tmp_path).warnings[0]
+    file.write_bytes(karpathy(dict.fromkeys(NAMES, "holdout")))
+    with pytest.raises(UserError, match=r"splits in the files of flickr8k in .*: holdout \(known"):
+        find_source("flickr8k", tmp_path)
+    chosen = find_source("flickr8k", tmp_path, split_scheme="random")
+    assert (chosen.split_name, chosen.warnings) == ("random-hash-seed0", [])
 
 
 def test_a_folder_that_cannot_be_read_is_told(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from pathlib import Path
 
 from vicvlm_cli.data.sources.coco import COCO
@@ -59,7 +60,7 @@ def find_source(
             expected=expected,
             show_progress=show_progress,
         )
-    if not directory.is_dir():
+    if not os.path.isdir(directory):  # Path.is_dir raises where one may not look
         raise NothingFound(f"there is no folder {directory}; {_advice(source)}")
     if source == "folder":
         return list_folder(directory, seed=seed, split_scheme=split_scheme)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from vicvlm_cli.data.sources.files import RawFile
@@ -27,23 +25,25 @@ class Captioned(NamedTuple):
     """Captions of one picture, in one place of a file; the same picture may come again."""
 
     image: str  # file name, perhaps with folders
-    split: str | None
+    split: str | None  # as `given_split` reads it
     captions: list[str]
 
 
 def read_text(file: RawFile) -> str:
+    """The text of a file, its lines ended by "\\n" however the file ends them."""
     try:
-        return file.read().decode("utf-8-sig")
+        text = file.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(
             f"{file} is not UTF-8 text (byte {error.start}); save it as UTF-8"
         ) from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_json(file: RawFile) -> Any:
     try:
         return json.loads(read_text(file))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the last: brackets without end
         raise UserError(f"{file} is not valid JSON ({error}); fetch it again") from None
 
 
@@ -53,9 +53,9 @@ def read_karpathy(file: RawFile) -> list[Captioned]:
     try:
         return [
             Captioned(
-                "/".join(filter(None, (image.get("filepath"), image["filename"]))),
-                split_name(image["split"]),
-                [sentence["raw"] for sentence in image["sentences"]],
+                "/".join(filter(None, (image.get("filepath"), _text(image["filename"])))),
+                given_split(image["split"]),
+                as_list([sentence["raw"] for sentence in image["sentences"]]),
             )
             for image in content["images"]
         ]
@@ -68,7 +68,8 @@ def read_image_list(file: RawFile) -> list[Captioned]:
     split = split_of_name(file.name)
     try:
         return [
-            Captioned(entry["image"], split, as_list(entry["caption"])) for entry in read_json(file)
+            Captioned(_text(entry["image"]), split, as_list(entry["caption"]))
+            for entry in read_json(file)
         ]
     except (KeyError, TypeError):
         raise _foreign(file, "a list of {image, caption}") from None
@@ -79,10 +80,13 @@ def read_coco(file: RawFile) -> list[Captioned]:
     content = read_json(file)
     split = split_of_name(file.name)
     try:
-        said: dict[int, list[str]] = {image["id"]: [] for image in content["images"]}
+        said: dict[int, list[Any]] = {image["id"]: [] for image in content["images"]}
         for annotation in content["annotations"]:
             said[annotation["image_id"]].append(annotation["caption"])
-        return [Captioned(i["file_name"], split, said[i["id"]]) for i in content["images"]]
+        return [
+            Captioned(_text(image["file_name"]), split, as_list(said[image["id"]]))
+            for image in content["images"]
+        ]
     except (KeyError, TypeError):
         raise _foreign(file, "a COCO captions file") from None
 
@@ -102,46 +106,6 @@ def read_token(file: RawFile) -> list[Captioned]:
     return result
 
 
-def read_table(file: RawFile, warnings: list[str] | None = None) -> list[Captioned]:
-    """.csv, .tsv, Kaggle's results.csv (with '|') and captions.txt: columns found by the header.
-
-    Columns of further captions, which are not read, are told in `warnings`. Raises UserError: no
-    such columns, a quotation mark that swallows other rows, or a row that has more cells than the
-    header and whose caption is not the last.
-    """
-    text = read_text(file)
-    header, _, body = text.partition("\n")
-    delimiter = max("\t|;,", key=header.count) if not file.name.endswith(".tsv") else "\t"
-    columns = [column.strip().strip('"').lower() for column in header.split(delimiter)]
-    image = next((columns.index(key) for key in IMAGE_KEYS if key in columns), None)
-    caption = next((columns.index(key) for key in CAPTION_KEYS if key in columns), None)
-    if image is None or caption is None:
-        raise UserError(
-            f"{file} needs a header with file_name and caption (it has: {', '.join(columns)})"
-        )
-    _tell_unread(file, columns, {columns[caption]}, warnings)
-    split = columns.index("split") if "split" in columns else None
-    result = []
-    for line, row in _rows(file, body, delimiter):
-        if not any(cell.strip() for cell in row):
-            continue
-        if delimiter == "|":
-            row = _mended(row, len(columns))
-        if len(row) > len(columns):
-            if caption < len(columns) - 1:
-                raise _too_many(file, line, len(row), len(columns), delimiter)
-            # What a caption in the last column holds of the delimiter is its own, but for Kaggle's
-            # stray '|' and for the empty cells that some programs end a row with.
-            glue = " " if delimiter == "|" else delimiter
-            row = [*row[:caption], glue.join(row[caption:]).rstrip(f"{delimiter} ")]
-        cell = row[caption].strip() if caption < len(row) else ""
-        name = row[image].strip() if image < len(row) else ""
-        said = json_list(cell) if columns[caption] == "captions" else [cell]
-        where = split_name(row[split]) if split is not None and split < len(row) else None
-        result.append(Captioned(name, where, said))
-    return result
-
-
 def read_jsonl(file: RawFile, warnings: list[str] | None = None) -> list[Captioned]:
     """captions.jsonl, metadata.jsonl: an object a line with file_name, caption(s), maybe split.
 
@@ -155,17 +119,17 @@ def read_jsonl(file: RawFile, warnings: list[str] | None = None) -> list[Caption
             continue
         try:
             entry = json.loads(line)
-            name = next(entry[key] for key in IMAGE_KEYS if key in entry)
+            name = next(entry[key] for key in IMAGE_KEYS if entry.get(key) is not None)
             caption = next(key for key in CAPTION_KEYS if key in entry)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise UserError(f"{file}, line {number}: not valid JSON") from None
-        except (StopIteration, TypeError):
+        except (StopIteration, TypeError, AttributeError):
             raise UserError(f"{file}, line {number}: needs file_name and caption") from None
         read.add(caption)
         keys |= dict.fromkeys(entry)
-        split = split_name(entry["split"]) if entry.get("split") else None
+        split = given_split(entry.get("split"))
         result.append(Captioned(str(name), split, as_list(entry[caption])))
-    _tell_unread(file, keys, read, warnings)
+    tell_unread(file, keys, read, warnings)
     return result
 
 
@@ -185,6 +149,25 @@ def split_name(name: str) -> str | None:
     return name if name in ("train", "val", "test") else None
 
 
+def given_split(value: Any) -> str | None:
+    """train, val or test; an unknown name as it was given; None where there is none."""
+    name = "" if value is None else str(value).strip()
+    return split_name(name) or name or None
+
+
+def known_splits(entries: Iterable[Captioned]) -> tuple[list[Captioned], list[str]]:
+    """The entries without the splits that are none of train, val and test, and what those are."""
+    known = [
+        entry._replace(split=split_name(entry.split)) if entry.split else entry for entry in entries
+    ]
+    unknown = dict.fromkeys(
+        before.split
+        for before, entry in zip(entries, known, strict=True)
+        if before.split and not entry.split
+    )
+    return known, list(unknown)
+
+
 def split_of_name(name: str) -> str | None:
     """The split that a file's name speaks of: flickr30k_val.json, Flickr_8k.devImages.txt."""
     found = re.search(r"(?<![a-z])(train|validation|val|dev|test)(images|[^a-z]|$)", name.lower())
@@ -192,25 +175,16 @@ def split_of_name(name: str) -> str | None:
 
 
 def as_list(value: Any) -> list[str]:
-    """A caption or a list of captions, as a list of texts (nothing: no caption)."""
-    if value is None:
-        return []
+    """A caption or a list of captions, as a list of texts.
+
+    Nothing (null) is no caption, what is no text an empty one.
+    """
     values = value if isinstance(value, list) else [value]
-    return [
-        str(text["raw"] if isinstance(text, dict) and "raw" in text else text) for text in values
-    ]
+    texts = [text["raw"] if isinstance(text, dict) and "raw" in text else text for text in values]
+    return [text if isinstance(text, str) else "" for text in texts if text is not None]
 
 
-def json_list(cell: str) -> list[str]:
-    """A table's cell that holds one caption, or a JSON list of captions."""
-    try:
-        value = json.loads(cell) if cell.startswith("[") else cell
-    except ValueError:
-        value = cell
-    return as_list(value)
-
-
-def _tell_unread(
+def tell_unread(
     file: RawFile, names: Iterable[str], read: set[str], warnings: list[str] | None
 ) -> None:
     """Put into `warnings` which of `names` look like captions beside those that are `read`."""
@@ -222,45 +196,11 @@ def _tell_unread(
         )
 
 
-def _rows(file: RawFile, body: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """The rows of a table below its header, each with the number of its first line."""
-    lines = list(io.StringIO(body, newline=""))
-    if delimiter == "|":  # Kaggle's results.csv quotes nothing, but some captions begin with "
-        reader = csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE)
-    else:
-        reader = csv.reader(lines, delimiter=delimiter)
-    while True:
-        first = reader.line_num
-        try:
-            row = next(reader, None)
-            if reader.line_num > first + 1:
-                # An unclosed quotation mark goes on to the next one, or to the end: what follows it
-                # there is a delimiter only where the caption was meant to have several lines.
-                next(csv.reader(lines[first : reader.line_num], delimiter=delimiter, strict=True))
-        except csv.Error as error:
-            raise UserError(
-                f"{file}, line {first + 2}: no row of a table ({error}); close the quotation mark "
-                'that opens there, or write "" for one that belongs to the caption'
-            ) from None
-        if row is None:
-            return
-        yield first + 2, row
-
-
-def _mended(row: list[str], columns: int) -> list[str]:
-    """Kaggle's results.csv has one row without its second '|'."""
-    if len(row) == columns - 1 and (found := re.match(r"\s*(\d+)\s+(.+)", row[-1])):
-        return [*row[:-1], found[1], found[2]]
-    return row
-
-
-def _too_many(file: RawFile, line: int, cells: int, columns: int, delimiter: str) -> UserError:
-    sign = "tab" if delimiter == "\t" else f"'{delimiter}'"
-    mend = "take it out" if delimiter == "|" else "put such a caption in quotation marks"
-    return UserError(
-        f"{file}, line {line}: {cells} cells below a header of {columns}, so that it is open where "
-        f"the caption ends: if a {sign} is part of it, {mend}"
-    )
+def _text(name: Any) -> str:
+    """A file's name. Raises TypeError for what is no text."""
+    if not isinstance(name, str):
+        raise TypeError(name)
+    return name
 
 
 def _foreign(file: RawFile, what: str) -> UserError:

@@ -13,7 +13,7 @@ import zlib
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from vicvlm_cli.errors import UserError
 
@@ -41,9 +41,13 @@ def base(name: str) -> str:
 
 
 def escapes(name: str) -> bool:
-    """Would this member or relative path land outside its folder?"""
-    path = PurePosixPath(name.replace("\\", "/"))
-    return path.is_absolute() or ".." in path.parts or (len(name) > 1 and name[1] == ":")
+    """May this member of an archive land outside its folder?"""
+    return is_absolute(name) or ".." in tidy(name).split("/")
+
+
+def is_absolute(name: str) -> bool:
+    """/a.jpg, \\a.jpg, or C:a.jpg with a drive letter; 9:41.jpg is a file's name."""
+    return re.match(r"/|[A-Za-z]:", tidy(name)) is not None
 
 
 def is_picture(name: str) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from vicvlm_cli.data.sources.captions import read_image_list, read_karpathy, read_table, read_token
+from vicvlm_cli.data.sources.caption_tables import read_table
+from vicvlm_cli.data.sources.captions import read_image_list, read_karpathy, read_token
 from vicvlm_cli.data.sources.published import CaptionFiles, PublishedData, SplitLists
 
 FLICKR30K = PublishedData(

@@ -8,19 +8,22 @@ a line.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import posixpath
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
+from vicvlm_cli.data.sources.caption_tables import read_table
 from vicvlm_cli.data.sources.captions import (
     Captioned,
+    known_splits,
     read_jsonl,
     read_names,
-    read_table,
     split_name,
 )
-from vicvlm_cli.data.sources.files import RawFile, escapes, is_picture, stamp, tidy, walk
+from vicvlm_cli.data.sources.files import RawFile, is_absolute, is_picture, stamp, tidy, walk
 from vicvlm_cli.data.sources.listing import (
+    RANDOM,
     Item,
     Listing,
     NothingFound,
@@ -30,6 +33,7 @@ from vicvlm_cli.data.sources.listing import (
     digest_of,
     escaped,
     settle_split,
+    tell_unknown,
     total_of,
 )
 from vicvlm_cli.errors import UserError
@@ -45,15 +49,13 @@ def list_folder(directory: Path, *, seed: int, split_scheme: str | None) -> List
     """Read the captions of a folder of pictures.
 
     The split is the one the captions give, or that of folders called train, val and test, or one
-    by chance. Raises NothingFound: no pictures, or no captions; UserError: a damaged file, or
-    names outside the folder alone.
+    by chance. Raises NothingFound: no pictures, or no captions; UserError: a damaged file, names
+    outside the folder alone, or unknown splits alone.
     """
-    prepared = directory / "prepared"
     unreadable: dict[Path, str] = {}
-    files = {
+    files = {  # of a prepared data set too, none of whose files is a picture or holds captions
         tidy(path.relative_to(directory).as_posix()): path
         for path in walk(directory, DEPTH, unreadable)
-        if prepared not in path.parents
     }
     warnings = list(unreadable.values())
     pictures = [name for name in files if is_picture(name)]
@@ -78,19 +80,29 @@ def list_folder(directory: Path, *, seed: int, split_scheme: str | None) -> List
     listed = _listed(directory, files, {entry.image for entry in entries})
     said = {name: other for other, name in listed.items()}
     entries = [entry._replace(image=listed.get(entry.image, entry.image)) for entry in entries]
+    entries, again = _once(entries)
+    if again:
+        warnings.append(
+            f"{again:,} captions in {directory} are there again, in the same words for the same "
+            "picture, and count once"
+        )
+    entries, unknown = known_splits(entries)
     items, bad = collect([(e.image, e.image, e.split, e.captions) for e in entries])
-    by_folder = {  # the folders may be links, too: train to images/2017
-        name: split_name(said.get(name, name).partition("/")[0])
-        or split_name(name.partition("/")[0])
-        for name in items
-    }
+    by_folder, clear = _by_folder(items, said)
+    clear = clear or split_scheme == "folders"
+    where = f"the captions in {directory}"
     items, scheme, no_split = settle_split(
-        items,
-        {"given": None, "folders": by_folder},
-        split_scheme,
-        seed,
-        f"the captions in {directory}",
+        items, {"given": None, "folders": by_folder if clear else {}}, split_scheme, seed, where
     )
+    tell_unknown(unknown, scheme, split_scheme, where, warnings)
+    named = sorted({split for split in by_folder.values() if split})
+    if len(named) > 1 and split_scheme is None and scheme.startswith(RANDOM):
+        inside = sum(map(bool, by_folder.values()))
+        warnings.append(
+            f"{inside:,} of {len(by_folder):,} pictures in {directory} lie in folders named by a "
+            f"split ({', '.join(named)}) and the others do not, so the split is by chance: "
+            "--split-scheme folders goes by the folders, without the others"
+        )
     rejected += bad + no_split
     if bare := len(set(pictures) - {entry.image for entry in entries}):
         warnings.append(f"{bare:,} pictures in {directory} have no caption and were left out")
@@ -148,6 +160,45 @@ def _listed(directory: Path, files: dict[str, Path], names: set[str]) -> dict[st
     return found
 
 
+def _once(entries: list[Captioned]) -> tuple[list[Captioned], int]:
+    """Entries without captions that their picture has already, and how many these were.
+
+    The same data may lie there twice, as a table and as JSON. A picture whose split one place tells
+    has it in all others that tell none.
+    """
+    split_of = {entry.image: entry.split for entry in reversed(entries) if entry.split}
+    seen: set[tuple[str, str | None, str]] = set()
+    kept, again = [], 0
+    for entry in entries:
+        split = entry.split or split_of.get(entry.image)
+        captions = []
+        for text in entry.captions:
+            key = (entry.image, split, " ".join(text.split()))
+            if key[2] and key in seen:
+                again += 1
+            else:
+                seen.add(key)
+                captions.append(text)
+        kept.append(Captioned(entry.image, split, captions))
+    return kept, again
+
+
+def _by_folder(names: Iterable[str], said: dict[str, str]) -> tuple[dict[str, str | None], bool]:
+    """The split that a folder of each picture names, and whether that is surely meant.
+
+    It is where two folders of DIR itself are called by splits, or every picture lies in one that
+    is: in a tree without splits, a folder `train` may show trains.
+    """
+    split_of: dict[str, str | None] = {}
+    top = set()
+    for name in names:
+        paths = (said.get(name, name), name)  # the folders may be links, too: train to images/2017
+        splits = [[split_name(part) for part in path.split("/")[:-1]] for path in paths]
+        split_of[name] = next((split for path in splits for split in path if split), None)
+        top |= {split for path in splits for split in path[:1] if split}
+    return split_of, len(top) > 1 or all(split_of.values())
+
+
 def _entries(
     directory: Path, files: dict[str, Path], pictures: list[str], warnings: list[str]
 ) -> tuple[list[Captioned], list[Rejected]]:
@@ -164,11 +215,11 @@ def _entries(
         reader = read_jsonl if path.suffix.lower() == ".jsonl" else read_table
         above = tidy(path.relative_to(directory).parent.as_posix())
         for entry in reader(RawFile(path), warnings):
-            if escapes(entry.image):
+            name = posixpath.normpath(f"{above}/{tidy(entry.image)}")
+            if is_absolute(entry.image) or name.split("/")[0] == "..":
                 rejected.append(Rejected(entry.image, entry.split or "", "outside the folder"))
-                continue
-            name = tidy(entry.image).removeprefix("./")
-            entries.append(entry._replace(image=name if above == "." else f"{above}/{name}"))
+            else:
+                entries.append(entry._replace(image=name))
     if not tables:
         for name in pictures:
             beside = files.get(tidy(Path(name).with_suffix(".txt").as_posix()))

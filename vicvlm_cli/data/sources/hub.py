@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vicvlm_cli.data.images import BadImage, ImageSource
-from vicvlm_cli.data.sources.captions import CAPTION_KEYS, as_list, split_name
+from vicvlm_cli.data.sources.captions import CAPTION_KEYS, as_list, given_split, split_name
 from vicvlm_cli.data.sources.listing import (
     Item,
     Listing,
@@ -18,6 +18,8 @@ from vicvlm_cli.data.sources.listing import (
     collect,
     digest_of,
     settle_split,
+    some,
+    tell_unknown,
     total_of,
 )
 from vicvlm_cli.errors import UserError
@@ -38,13 +40,14 @@ def list_hub(
 
     Takes the first image column, and caption, captions, text, sentences or caption_0, caption_1, …
     A `split` column counts before the repository's own splits; rows that share a file name or
-    image id are one picture. Raises UserError: not to be had, or no such columns.
+    image id are one picture. Raises UserError: not to be had, no such columns, or unknown splits.
     """
     import datasets
 
     parts = _load(repo, show_progress)
     pictures: dict[str, tuple[Any, int]] = {}
     entries = []
+    unknown: dict[str, None] = {}  # in rows; how the repository calls its parts is another thing
     for part, data in parts.items():
         image, said = _columns(data, repo)
         undecoded = data.select_columns([image]).cast_column(image, datasets.Image(decode=False))
@@ -53,7 +56,11 @@ def list_hub(
         for number, row in enumerate(table):
             name = str(row[identity]) if identity else f"{part}-{number:06d}"
             captions = [text for column in said for text in as_list(row[column])]
-            entries.append((name, name, split_name(row.get("split", part)), captions))
+            given = given_split(row.get("split", part))
+            split = split_name(given) if given else None
+            if given and not split and "split" in row:
+                unknown[given] = None
+            entries.append((name, name, split, captions))
             pictures.setdefault(name, (undecoded, number))
     items, rejected = collect(entries)
     # A lone "train" is data that nobody has split; a lone "test" is meant as one.
@@ -61,6 +68,8 @@ def list_hub(
     items, scheme, no_split = settle_split(
         items, {} if undivided else {"hub": None}, split_scheme, seed, repo
     )
+    warnings: list[str] = []
+    tell_unknown(list(unknown), scheme, split_scheme, repo, warnings)
     rejected += no_split
     items = {name: replace(item, path=f"{repo}!{name}") for name, item in items.items()}
 
@@ -82,6 +91,7 @@ def list_hub(
         stream=stream,
         expected=expected if scheme == "hub" else None,
         rejected=rejected,
+        warnings=warnings,
     )
 
 
@@ -112,7 +122,7 @@ def _columns(data: Any, repo: str) -> tuple[str, list[str]]:
     if not images or not captions:
         raise UserError(
             f"'{repo}' has no {'captions' if images else 'images'} that vicvlm knows "
-            f"(its columns: {', '.join(names)})"
+            f"(its columns: {some(names)})"
         )
     return images[0], captions
 

@@ -16,7 +16,10 @@ RANDOM = "random"
 # Reasons that leave out captions alone: of a picture that has none left, "no caption" is told too.
 OF_CAPTIONS = ("empty caption", "caption is not UTF-8", "in two splits")
 SPLITS = ("train", "val", "test")
-SPLIT_ALIASES = {"dev": "val", "valid": "val", "validation": "val", "restval": "train"}
+SPLIT_ALIASES = {
+    **dict.fromkeys(("dev", "eval", "valid", "validation"), "val"),
+    **{"restval": "train", "training": "train", "testing": "test"},
+}
 
 
 class NothingFound(UserError):
@@ -84,6 +87,13 @@ def digest_of(*facts: object) -> str:
 def escaped(text: str) -> str:
     """`text` as UTF-8 can hold it: a lone surrogate (of a file name, of JSON) is escaped."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def some(names: Iterable[str]) -> str:
+    """The first ten names, long ones cut, for a message."""
+    names = [name if len(name) <= 40 else f"{name[:39]}…" for name in names]
+    more = f" and {len(names) - 10:,} more" if len(names) > 10 else ""
+    return escaped(", ".join(names[:10])) + more
 
 
 def draw(picture: Picture) -> ImageSource:
@@ -181,6 +191,25 @@ def check_scheme(wanted: str | None, found: Iterable[str], where: str) -> None:
     allowed = [*found, RANDOM]
     if wanted is not None and wanted not in allowed:
         raise UsageError(f"{where} allow no split '{wanted}'; they allow {', '.join(allowed)}")
+
+
+def tell_unknown(
+    unknown: list[str], name: str, wanted: str | None, where: str, warnings: list[str]
+) -> None:
+    """Put into `warnings` which splits that were given are `unknown`, unless chance is `wanted`.
+
+    `name` is that of the split that was settled. Raises UserError where it is one by chance that
+    nobody wanted.
+    """
+    if not unknown or wanted == RANDOM:
+        return
+    told = (
+        f"unknown splits in {where}: {some(unknown)} (known are "
+        f"{', '.join([*SPLITS, *SPLIT_ALIASES])})"
+    )
+    if name.startswith(RANDOM):
+        raise UserError(f"{told}; rename them, or have a split by chance: --split-scheme {RANDOM}")
+    warnings.append(f"{told}; they count for nothing, rename them")
 
 
 def random_split(keys: list[str], seed: int) -> dict[str, str | None]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from vicvlm_cli.data.images import BadImage, ImageSource
 from vicvlm_cli.data.sources.files import (
     DAMAGE,
+    MAX_CAPTIONS_TAR,
     base,
     escapes,
     is_archive,
@@ -42,8 +43,24 @@ class _Member:
 
 
 def has_pictures(files: Iterable[Path]) -> bool:
-    """Is there a picture, or an archive that may hold some?"""
-    return any(is_picture(path.name) or is_archive(path) for path in files)
+    """Is there a picture, loose or in an archive?
+
+    A compressed tar that would have to be read for gigabytes is believed to hold some, and so is a
+    damaged archive, of which the user learns when it is read.
+    """
+    files = list(files)
+    loose = any(is_picture(path.name) for path in files)
+    return loose or any(_holds_pictures(path) for path in files if is_archive(path))
+
+
+def _holds_pictures(archive: Path) -> bool:
+    try:
+        if is_compressed_tar(archive) and archive.stat().st_size > MAX_CAPTIONS_TAR:
+            return True
+        names = (base(member.name) for member in _members(archive))
+        return any(is_picture(name) and not name.startswith(".") for name in names)
+    except DAMAGE:
+        return True
 
 
 def stream_pictures(

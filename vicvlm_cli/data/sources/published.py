@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from vicvlm_cli.data.sources.captions import Captioned, read_names, split_of_name
+from vicvlm_cli.data.sources.captions import Captioned, known_splits, read_names, split_of_name
 from vicvlm_cli.data.sources.files import RawFile, base, is_archive, list_raw, look, select, stamp
 from vicvlm_cli.data.sources.listing import (
     Item,
@@ -18,6 +18,7 @@ from vicvlm_cli.data.sources.listing import (
     collect,
     digest_of,
     settle_split,
+    tell_unknown,
     total_of,
 )
 from vicvlm_cli.data.sources.pictures import has_pictures, stream_pictures
@@ -79,13 +80,14 @@ def find_published(
     check_scheme(split_scheme, [*own, *listed], where)
     # The captions that bring the wanted split along, or else the best there are.
     scheme = split_scheme if split_scheme in own else next(iter(captions))
+    entries, unknown = known_splits(captions[scheme or ""]())
     items, rejected = collect(
-        (data.key(entry.image), base(entry.image), entry.split, entry.captions)
-        for entry in captions[scheme or ""]()
+        (data.key(entry.image), base(entry.image), entry.split, entry.captions) for entry in entries
     )
     schemes: dict[str, dict[str, str | None] | None] = {scheme: None} if scheme else {}
     schemes.update({name: _listed(items, lists) for name in listed})
     items, name, no_split = settle_split(items, schemes, split_scheme, seed, where)
+    tell_unknown(unknown if scheme else [], name, split_scheme, where, warnings)
     if name not in listed:  # a list may leave pictures out
         rejected += no_split
 
