@@ -6,8 +6,8 @@
 A run is a `vicvlm pretrain`, `finetune` and `evaluate`, kept as one JSON file; what is there is not
 run again, and with `--piece 9` no call takes longer than about nine minutes, and the same call goes
 on. Time is a training's own CPU time on one thread, without its validations, so that several run
-side by side and a busy machine changes little. Validations along the way give recall against time
-and against pairs from one and the same run.
+side by side; on a busy machine a run sees a few per cent fewer pairs. Validations along the way
+give recall against time and against pairs from one and the same run.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from compare_methods import METHODS, SMALLER  # beside this file
 TEACHER = "deit_tiny_patch16_224"  # of s_smke, at 224 pixels: the weights that all start from
 # A pair of ViLT's costs a pass: all pictures and more candidates would take longer than training.
 FEWER = ("pretrain.validation_images=200", "pretrain.rerank_top_k=8")
-TOP_K = {"vilt": 16}  # of the last evaluation, which is of all pictures
+TOP_K = {"vilt": 10}  # of the last evaluation, which is of all pictures
 # A run has few of their steps at the preset's batch, 72 of MAMO's at L: more and smaller ones.
 DEAR = ("albef", "albef-queue", "mamo", "mamo-seed", "maskvlm", "s_smke")
 

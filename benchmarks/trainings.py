@@ -3,8 +3,9 @@
 A run is a `vicvlm pretrain`, perhaps a `finetune`, and an `evaluate`, in processes of their own, in
 one folder. What has been done is not done again, and a piece that is over is stopped as by Ctrl-C,
 so that the next one resumes it. Trainings are measured by their own CPU time, on one thread each
-where memory has room for several of them: a run on a busy machine is that of a quiet one. Of
-another kind of machine it is not: what one core does in a minute differs by twice and more.
+where memory has room for several of them: a run waits on a busy machine and is not charged for it,
+though shared memory and caches may leave it some per cent fewer pairs. Of another kind of machine
+it is another run: what one core does in a minute differs by twice and more.
 """
 
 from __future__ import annotations
