@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,22 @@ def test_a_bert_need_not_say_that_it_is_one(tmp_path: Path) -> None:
     _, text, _ = load_bert(str(tmp_path), 2, 2)
     key = "encoder.layer.1.output.dense.weight"
     assert torch.equal(text[key], own.state_dict()[key])
+
+
+def test_what_a_bert_has_beside_its_encoder_is_left_without_a_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    handler = logging.Handler()
+    monkeypatch.setattr(handler, "emit", lambda record: said.append(record.getMessage()))
+    logger = logging.getLogger("transformers")
+    BertForMaskedLM(BertConfig(num_hidden_layers=4, **SIZES)).save_pretrained(tmp_path)
+    logger.addHandler(handler)
+    try:
+        load_bert(str(tmp_path), 2, 2)
+    finally:
+        logger.removeHandler(handler)
+    assert not said
 
 
 def test_weights_are_never_left_at_random(tmp_path: Path) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
+from transformers.utils import logging
 
 from vicvlm_cli.errors import UserError
 from vicvlm_cli.model.dropout import replace_dropout
@@ -94,9 +97,10 @@ def load_bert(
         kind = BertConfig.get_config_dict(name_or_path)[0].get("model_type", "bert")
         if kind != "bert":  # transformers would make a BERT of random weights from it
             raise UserError(f"{name_or_path!r} is a {kind} model and not a BERT: name a BERT")
-        whole, found = BertModel.from_pretrained(
-            name_or_path, add_pooling_layer=False, output_loading_info=True
-        )
+        with _errors_only():  # not a table of the pooler and the heads, which nobody wants
+            whole, found = BertModel.from_pretrained(
+                name_or_path, add_pooling_layer=False, output_loading_info=True
+            )
         if missing := sorted(found["missing_keys"]):
             raise UserError(f"{name_or_path!r} has no weights for {missing[0]!r}: name a BERT")
     except UserError:
@@ -128,6 +132,16 @@ def load_bert(
             fusion[f"encoder.layer.{int(number) - first}.{rest}"] = value
     config.num_hidden_layers = text_layers
     return config, text, fusion
+
+
+@contextmanager
+def _errors_only() -> Iterator[None]:
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def load_half(module: nn.Module, state: dict[str, Tensor]) -> None:
