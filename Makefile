@@ -40,7 +40,7 @@ demo: $(STAMP)  ## Prepare, pretrain, finetune, evaluate, embed, retrieve; 5 min
 	vicvlm finetune --output demo/finetuned
 	vicvlm evaluate | tee demo/recall.txt
 	vicvlm embed --split test --output demo/gallery
-	vicvlm retrieve "a red star above a blue circle" --sheet demo/search.png
+	vicvlm retrieve "a red circle, a yellow cross and a blue star on grass" --sheet demo/search.png
 	@echo
 	@cat demo/recall.txt
 	@echo "what was found for the query: demo/search.png"
