@@ -90,7 +90,7 @@ def test_hits_are_shown_before_what_became_of_their_sheet(monkeypatch, as_json):
         searched=1,
         reranked=False,
         hits=[hit],
-        failed=UserError("cannot write the sheet dog.png: no space"),
+        sheet_error=UserError("cannot write the sheet dog.png: no space"),
     )
     monkeypatch.setattr(retrieve_workflow, "retrieve", lambda *args, **options: found)
     said = run("retrieve", "dog", "--gallery", "gallery", *["--json"] * as_json)

@@ -16,14 +16,22 @@ import typer
 
 from vicvlm_cli import __version__, remembered
 from vicvlm_cli import options as o
-from vicvlm_cli.console import RANK, Commands, call, default, make_progress, remember, show, tell
+from vicvlm_cli.console import (
+    RANK,
+    Commands,
+    call,
+    default,
+    make_progress,
+    remember,
+    show,
+    tell_unexpected,
+)
 from vicvlm_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from vicvlm_cli.report.progress import Progress
 
 DISTRIBUTED = ("pretrain", "finetune")  # in a launch of several, the others run on rank 0 alone
-GONE = ("by peer", "remote process exited")  # what gloo and NCCL say when another process has ended
 
 app = typer.Typer(
     cls=Commands,
@@ -294,7 +302,7 @@ def retrieve(
         raise UsageError('give either words, as in vicvlm retrieve "a dog on a beach", or --image')
     progress = make_progress()
     if gallery is None and remembered.last("gallery") is None:
-        workflow.check(query, image, rerank=rerank, sheet=sheet)
+        workflow.check_query(query, image, rerank=rerank, sheet=sheet)
         progress.say("gallery: there is none yet, so one is made first, as by vicvlm embed")
         gallery = _embed(None, checkpoint, progress).path
     result = call(
@@ -309,8 +317,8 @@ def retrieve(
         progress=progress,
     )
     show(result, as_json, hits_tables)
-    if result.failed is not None:
-        raise result.failed
+    if result.sheet_error is not None:
+        raise result.sheet_error
 
 
 def _embed(source: Path | None, checkpoint: Path | None, progress: Progress, **options: Any) -> Any:
@@ -330,22 +338,11 @@ def _overrides(table: str, **options: Any) -> list[str]:
 
 
 def main() -> None:
-    """The `vicvlm` command. An error that is not the user's is a bug: one line, no traceback.
-
-    That another process of the launch has ended is no bug of this one, nor is a file that cannot be
-    read or written.
-    """
+    """The `vicvlm` command. An error that no one foresaw is told too, without a traceback."""
     try:
         app(prog_name="vicvlm")
     except Exception as error:
         if os.environ.get("VICVLM_DEBUG"):
             raise
-        several = int(os.environ.get("WORLD_SIZE") or 1) > 1
-        if several and any(words in str(error) for words in GONE):
-            tell("error: another process of the launch has ended, see what it says")
-        elif isinstance(error, OSError) and error.filename is not None:
-            tell(f"error: cannot read or write {error.filename}: {error.strerror or error}")
-        else:
-            tell(f"unexpected {type(error).__name__}: {error}")
-            tell("this is a bug; VICVLM_DEBUG=1 shows where it happened")
+        tell_unexpected(error)
         sys.exit(1)

@@ -30,6 +30,7 @@ LOCAL_RANK = int(os.environ.get("LOCAL_RANK") or RANK)
 # Seconds in which the process that tells of an error gets to: as soon as one ends, the launcher
 # ends the others.
 PATIENCE = 3.0
+GONE = ("by peer", "remote process exited")  # what gloo and NCCL say when another process has ended
 
 
 class Commands(TyperGroup):
@@ -68,6 +69,22 @@ def _tells(error: UserError) -> bool:
 def tell(message: str) -> None:
     """One line to stderr, which says what process of a launch it is from unless that is rank 0."""
     typer.echo(f"process {RANK}: {message}" if RANK > 0 else message, err=True)
+
+
+def tell_unexpected(error: Exception) -> None:
+    """What an error that no one foresaw is: a bug, if it is this program's.
+
+    That another process of the launch has ended is no bug of this one, nor is a file that cannot be
+    read or written.
+    """
+    several = int(os.environ.get("WORLD_SIZE") or 1) > 1
+    if several and any(words in str(error) for words in GONE):
+        tell("error: another process of the launch has ended, see what it says")
+    elif isinstance(error, OSError) and error.filename is not None:
+        tell(f"error: cannot read or write {error.filename}: {error.strerror or error}")
+    else:
+        tell(f"unexpected {type(error).__name__}: {error}")
+        tell("this is a bug; VICVLM_DEBUG=1 shows where it happened")
 
 
 def _fail(message: str, code: int, tells: bool = True) -> NoReturn:

@@ -178,8 +178,8 @@ def test_the_hits_are_there_without_their_sheet(gallery, tmp_path):
     (tmp_path / "file").touch()
     found = retrieve(gallery, WORDS, sheet=tmp_path / "file" / "sheet.png", progress=QUIET)
     assert len(found.hits) == 10 and found.sheet is None
-    assert "cannot write the sheet" in str(found.failed)
-    assert retrieve(gallery, WORDS, progress=QUIET).failed is None
+    assert "cannot write the sheet" in str(found.sheet_error)
+    assert retrieve(gallery, WORDS, progress=QUIET).sheet_error is None
 
 
 def test_a_data_set_that_is_gone_cannot_be_drawn(tiny_data, tiny_checkpoint, tmp_path):
@@ -187,7 +187,7 @@ def test_a_data_set_that_is_gone_cannot_be_drawn(tiny_data, tiny_checkpoint, tmp
     path = embed(tmp_path / "data", tiny_checkpoint, output=tmp_path / "g", progress=QUIET).path
     shutil.rmtree(tmp_path / "data")
     found = retrieve(path, WORDS, rerank=False, sheet=tmp_path / "sheet.png", progress=QUIET)
-    assert len(found.hits) == 10 and "not a prepared data set" in str(found.failed)
+    assert len(found.hits) == 10 and "not a prepared data set" in str(found.sheet_error)
 
 
 def test_a_gallery_of_another_model_is_refused(gallery, make_checkpoint, tiny_checkpoint, tmp_path):

@@ -17,7 +17,10 @@ T = TypeVar("T")
 
 
 def listed(given: Iterable[T], name: str, kind: str) -> list[T]:
-    """All that is given. Raises UserError, which calls it a `name` of a `kind`, for one alone."""
+    """All that is given, as a list.
+
+    Raises UserError for one `name` ("image") alone, where a list of `kind` ("pictures") is meant.
+    """
     if isinstance(given, str | bytes | os.PathLike | Image.Image):
         raise UserError(f"{name}s must be a list of {kind}: write [{name}] for a single one")
     return list(given)

@@ -98,10 +98,10 @@ class ShardWriter:
         """
         there = os.path.exists(self.path / MANIFEST)
         file = self.path / (f"rejected-{self.fingerprint[:8]}.jsonl" if there else REJECTED)
-        self._write_rejected(file)
+        self._list_rejected(file)
         return file
 
-    def _write_rejected(self, file: Path) -> None:
+    def _list_rejected(self, file: Path) -> None:
         lines = [json.dumps(vars(item), ensure_ascii=False) + "\n" for item in self.rejected]
         write_whole(file, "".join(lines))
 
@@ -132,7 +132,7 @@ class ShardWriter:
             fingerprint=self.fingerprint,
             **facts,
         )
-        self._write_rejected(self.path / REJECTED)
+        self._list_rejected(self.path / REJECTED)
         write_whole(self.path / MANIFEST, manifest.to_json())
         self._clear({file for files in shards.values() for file in files})
         return manifest

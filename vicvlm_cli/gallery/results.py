@@ -65,7 +65,7 @@ class Hit:
 class RetrieveResult:
     """The hits of one query, best first; `query` is its text or its picture's path.
 
-    `sheet` is where they are drawn. `failed` is why they are not, though that was asked for.
+    `sheet` is where they are drawn, `sheet_error` why they are not, though that was asked for.
     """
 
     query: str
@@ -75,7 +75,7 @@ class RetrieveResult:
     reranked: bool
     hits: list[Hit]
     sheet: Path | None = None
-    failed: UserError | None = None
+    sheet_error: UserError | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

@@ -90,7 +90,7 @@ def load_bert(
         of the fusion half with its layers renumbered from 0.
 
     Raises:
-        UserError: it cannot be loaded, is not a BERT, or has too few layers.
+        UserError: it cannot be loaded, is not a BERT, lacks weights, or has too few layers.
     """
     try:
         # Old BERTs, prajjwal1/bert-small among them, do not say what they are.

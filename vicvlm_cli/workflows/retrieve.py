@@ -44,11 +44,11 @@ def retrieve(
             result has the hits and says why.
 
     Raises:
-        UsageError: as :func:`check`, or the model cannot re-rank.
+        UsageError: as :func:`check_query`, or the model cannot re-rank.
         UserError: gallery, model or query picture cannot be read, or the model is not the one
             that made the gallery.
     """
-    shown = check(query, image, top_k=top_k, rerank=rerank, sheet=sheet)
+    picture = check_query(query, image, top_k=top_k, rerank=rerank, sheet=sheet)
     stored = Gallery.open(gallery)
     model = _model_of(stored, gallery, checkpoint, progress)
     own = model.vlm.pair_score
@@ -94,12 +94,12 @@ def retrieve(
             zip(scores[:top_k], cosines, rows.tolist(), strict=False), start=1
         )
     ]
-    failed = None
+    sheet_error = None
     if sheet is not None:
         try:
-            _draw(text or f"pictures like {image}", shown, hits, stored, sheet, progress)
+            _draw(text or f"pictures like {image}", picture, hits, stored, sheet, progress)
         except UserError as error:  # the hits are there all the same
-            sheet, failed = None, error
+            sheet, sheet_error = None, error
     return RetrieveResult(
         query=text or str(image),
         by_image=image is not None,
@@ -108,11 +108,11 @@ def retrieve(
         reranked=rerank,
         hits=hits,
         sheet=sheet,
-        failed=failed,
+        sheet_error=sheet_error,
     )
 
 
-def check(
+def check_query(
     query: str | None,
     image: Path | None,
     *,
@@ -120,7 +120,10 @@ def check(
     rerank: bool | None = None,
     sheet: Path | None = None,
 ) -> Image.Image | None:
-    """What is asked of :func:`retrieve`, before any work: the query picture, small, if it is one.
+    """Check what is asked of :func:`retrieve`, before any work.
+
+    Returns:
+        The query picture, reduced but not below `THUMBNAIL`; None for words.
 
     Raises:
         UsageError: not exactly one query, one that is empty, not text or cannot be re-ranked, or a

@@ -84,7 +84,7 @@ def test_an_archive_of_captions_alone_has_no_pictures(
     assert holds("dataset.json", "images/a.JPG")
     path.write_bytes(b"<html>404</html>")  # which its reader tells
     assert has_pictures([path])
-    monkeypatch.setattr(pictures, "MAX_CAPTIONS_TAR", 10)
+    monkeypatch.setattr("vicvlm_cli.data.sources.files.MAX_READ_THROUGH", 10)
     assert holds("dataset.json") == (ending == "tar.gz")
 
 

@@ -53,7 +53,7 @@ def read_table(file: RawFile, warnings: list[str] | None = None) -> list[Caption
             if caption < len(columns) - 1:
                 raise UserError(
                     f"{file}, line {line}: {cells} cells below a header of {len(columns)}, so that "
-                    f"it is open where the caption ends: {_own_sign(delimiter)}"
+                    f"it is open where the caption ends: {_advice(delimiter)}"
                 )
             # What a caption in the last column holds of the delimiter is its own, but for Kaggle's
             # stray '|' and for the empty cells that some programs end a row with.
@@ -61,7 +61,7 @@ def read_table(file: RawFile, warnings: list[str] | None = None) -> list[Caption
             row = [*row[:caption], glue.join(row[caption:]).rstrip(f"{delimiter} ")]
         cell = row[caption].strip() if caption < len(row) else ""
         name = row[image].strip() if image < len(row) else ""
-        said = json_list(cell) if columns[caption] == "captions" else [cell]
+        said = _json_list(cell) if columns[caption] == "captions" else [cell]
         if said == [cell] and any(map(str.strip, beyond)):
             wide.append((line, cells))
         where = given_split(row[split]) if split is not None and split < len(row) else None
@@ -71,12 +71,12 @@ def read_table(file: RawFile, warnings: list[str] | None = None) -> list[Caption
         more = f" and {len(wide) - 1:,} more" if len(wide) > 1 else ""
         warnings.append(
             f"{file}, line {line}{more}: {cells} cells below a header of {len(columns)} are read "
-            f"as one caption: give each caption a row of its own, or {_own_sign(delimiter)}"
+            f"as one caption: give each caption a row of its own, or {_advice(delimiter)}"
         )
     return result
 
 
-def json_list(cell: str) -> list[str]:
+def _json_list(cell: str) -> list[str]:
     """A table's cell that holds one caption, or a JSON list of captions."""
     try:
         value = json.loads(cell) if cell.startswith("[") else cell
@@ -117,7 +117,7 @@ def _mended(row: list[str], columns: int) -> list[str]:
     return row
 
 
-def _own_sign(delimiter: str) -> str:
+def _advice(delimiter: str) -> str:
     """What to do with a delimiter that belongs to a caption."""
     sign = "tab" if delimiter == "\t" else f"'{delimiter}'"
     mend = "take it out" if delimiter == "|" else "put such a caption in quotation marks"

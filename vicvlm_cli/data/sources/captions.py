@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from vicvlm_cli.data.sources.files import RawFile
-from vicvlm_cli.data.sources.listing import SPLIT_ALIASES
+from vicvlm_cli.data.sources.listing import SPLIT_ALIASES, SPLITS
 from vicvlm_cli.errors import UserError
 
 IMAGE_KEYS = ("file_name", "filename", "image_name", "image", "path")
@@ -53,7 +53,7 @@ def read_karpathy(file: RawFile) -> list[Captioned]:
     try:
         return [
             Captioned(
-                "/".join(filter(None, (image.get("filepath"), _text(image["filename"])))),
+                "/".join(filter(None, (image.get("filepath"), _file_name(image["filename"])))),
                 given_split(image["split"]),
                 as_list([sentence["raw"] for sentence in image["sentences"]]),
             )
@@ -68,7 +68,7 @@ def read_image_list(file: RawFile) -> list[Captioned]:
     split = split_of_name(file.name)
     try:
         return [
-            Captioned(_text(entry["image"]), split, as_list(entry["caption"]))
+            Captioned(_file_name(entry["image"]), split, as_list(entry["caption"]))
             for entry in read_json(file)
         ]
     except (KeyError, TypeError):
@@ -84,7 +84,7 @@ def read_coco(file: RawFile) -> list[Captioned]:
         for annotation in content["annotations"]:
             said[annotation["image_id"]].append(annotation["caption"])
         return [
-            Captioned(_text(image["file_name"]), split, as_list(said[image["id"]]))
+            Captioned(_file_name(image["file_name"]), split, as_list(said[image["id"]]))
             for image in content["images"]
         ]
     except (KeyError, TypeError):
@@ -138,15 +138,11 @@ def read_names(file: RawFile) -> list[str]:
     return [line.strip() for line in read_text(file).splitlines() if line.strip()]
 
 
-def read_all(files: Iterable[RawFile], reader: Any) -> list[Captioned]:
-    return [entry for file in files for entry in reader(file)]
-
-
 def split_name(name: str) -> str | None:
     """train, val or test; None for an empty or unknown name."""
     name = str(name).strip().lower()
     name = SPLIT_ALIASES.get(name, name)
-    return name if name in ("train", "val", "test") else None
+    return name if name in SPLITS else None
 
 
 def given_split(value: Any) -> str | None:
@@ -157,15 +153,9 @@ def given_split(value: Any) -> str | None:
 
 def known_splits(entries: Iterable[Captioned]) -> tuple[list[Captioned], list[str]]:
     """The entries without the splits that are none of train, val and test, and what those are."""
-    known = [
-        entry._replace(split=split_name(entry.split)) if entry.split else entry for entry in entries
-    ]
-    unknown = dict.fromkeys(
-        before.split
-        for before, entry in zip(entries, known, strict=True)
-        if before.split and not entry.split
-    )
-    return known, list(unknown)
+    entries = list(entries)
+    unknown = dict.fromkeys(e.split for e in entries if e.split and e.split not in SPLITS)
+    return [e._replace(split=None) if e.split in unknown else e for e in entries], list(unknown)
 
 
 def split_of_name(name: str) -> str | None:
@@ -196,11 +186,11 @@ def tell_unread(
         )
 
 
-def _text(name: Any) -> str:
-    """A file's name. Raises TypeError for what is no text."""
-    if not isinstance(name, str):
-        raise TypeError(name)
-    return name
+def _file_name(value: Any) -> str:
+    """`value`. Raises TypeError for what is no text."""
+    if not isinstance(value, str):
+        raise TypeError(value)
+    return value
 
 
 def _foreign(file: RawFile, what: str) -> UserError:

@@ -24,7 +24,7 @@ PICTURES = frozenset(
     )
 )
 COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
-MAX_CAPTIONS_TAR = 64 << 20  # a compressed tar above this is not read through for caption files
+MAX_READ_THROUGH = 64 << 20  # a compressed tar above this is not read only to see what it holds
 DAMAGE = (
     *(OSError, EOFError, zlib.error, lzma.LZMAError),
     *(zipfile.BadZipFile, tarfile.TarError),
@@ -208,13 +208,18 @@ def select(files: Iterable[RawFile], pattern: str) -> list[RawFile]:
     return sorted(found.values(), key=lambda file: (len(file.name), file.name))
 
 
+def is_long(archive: Path) -> bool:
+    """Whether the names in it cost reading gigabytes. Raises OSError."""
+    return is_compressed_tar(archive) and archive.stat().st_size > MAX_READ_THROUGH
+
+
 def _small_members(archive: Path) -> list[str]:
     """Names in an archive, pictures left out; none where that would mean reading gigabytes."""
     try:
         if is_zip(archive):
             with zipfile.ZipFile(archive) as content:
                 names = [info.filename for info in content.infolist() if not info.is_dir()]
-        elif is_compressed_tar(archive) and archive.stat().st_size > MAX_CAPTIONS_TAR:
+        elif is_long(archive):
             return []
         else:
             with tarfile.open(archive) as tar:

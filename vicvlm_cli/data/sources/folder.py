@@ -89,10 +89,10 @@ def list_folder(directory: Path, *, seed: int, split_scheme: str | None) -> List
     entries, unknown = known_splits(entries)
     items, bad = collect([(e.image, e.image, e.split, e.captions) for e in entries])
     by_folder, clear = _by_folder(items, said)
-    clear = clear or split_scheme == "folders"
+    folders = by_folder if clear or split_scheme == "folders" else {}
     where = f"the captions in {directory}"
     items, scheme, no_split = settle_split(
-        items, {"given": None, "folders": by_folder if clear else {}}, split_scheme, seed, where
+        items, {"given": None, "folders": folders}, split_scheme, seed, where
     )
     tell_unknown(unknown, scheme, split_scheme, where, warnings)
     named = sorted({split for split in by_folder.values() if split})

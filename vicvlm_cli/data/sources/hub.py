@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from vicvlm_cli.data.images import BadImage, ImageSource
-from vicvlm_cli.data.sources.captions import CAPTION_KEYS, as_list, given_split, split_name
+from vicvlm_cli.data.sources.captions import (
+    CAPTION_KEYS,
+    Captioned,
+    as_list,
+    given_split,
+    known_splits,
+    split_name,
+)
 from vicvlm_cli.data.sources.listing import (
     Item,
     Listing,
@@ -46,8 +53,7 @@ def list_hub(
 
     parts = _load(repo, show_progress)
     pictures: dict[str, tuple[Any, int]] = {}
-    entries = []
-    unknown: dict[str, None] = {}  # in rows; how the repository calls its parts is another thing
+    given = []
     for part, data in parts.items():
         image, said = _columns(data, repo)
         undecoded = data.select_columns([image]).cast_column(image, datasets.Image(decode=False))
@@ -56,20 +62,19 @@ def list_hub(
         for number, row in enumerate(table):
             name = str(row[identity]) if identity else f"{part}-{number:06d}"
             captions = [text for column in said for text in as_list(row[column])]
-            given = given_split(row.get("split", part))
-            split = split_name(given) if given else None
-            if given and not split and "split" in row:
-                unknown[given] = None
-            entries.append((name, name, split, captions))
+            # An unknown split of a row is told; how the repository calls its parts need not be one.
+            split = given_split(row["split"]) if "split" in row else split_name(part)
+            given.append(Captioned(name, split, captions))
             pictures.setdefault(name, (undecoded, number))
-    items, rejected = collect(entries)
+    entries, unknown = known_splits(given)
+    items, rejected = collect((e.image, e.image, e.split, e.captions) for e in entries)
     # A lone "train" is data that nobody has split; a lone "test" is meant as one.
     undivided = {item.split for item in items.values()} == {"train"}
     items, scheme, no_split = settle_split(
         items, {} if undivided else {"hub": None}, split_scheme, seed, repo
     )
     warnings: list[str] = []
-    tell_unknown(list(unknown), scheme, split_scheme, repo, warnings)
+    tell_unknown(unknown, scheme, split_scheme, repo, warnings)
     rejected += no_split
     items = {name: replace(item, path=f"{repo}!{name}") for name, item in items.items()}
 

@@ -19,11 +19,11 @@ from pathlib import Path
 from vicvlm_cli.data.images import BadImage, ImageSource
 from vicvlm_cli.data.sources.files import (
     DAMAGE,
-    MAX_CAPTIONS_TAR,
     base,
     escapes,
     is_archive,
     is_compressed_tar,
+    is_long,
     is_picture,
     is_zip,
     tidy,
@@ -55,7 +55,7 @@ def has_pictures(files: Iterable[Path]) -> bool:
 
 def _holds_pictures(archive: Path) -> bool:
     try:
-        if is_compressed_tar(archive) and archive.stat().st_size > MAX_CAPTIONS_TAR:
+        if is_long(archive):
             return True
         names = (base(member.name) for member in _members(archive))
         return any(is_picture(name) and not name.startswith(".") for name in names)
