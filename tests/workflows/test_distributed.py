@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from launched import HERE, PATIENCE, environment, launched
 from tiny_training import BARE, LOSSES, TINY, rows, weights
 from torch import Tensor
 from two_processes import CACHED, CASES, WIDE, contrast_by_cache, losses_and_gradients
@@ -27,7 +25,6 @@ from vicvlm_cli.objectives import OBJECTIVES
 from vicvlm_cli.report.progress import Progress
 from vicvlm_cli.workflows.train import pretrain
 
-HERE = Path(__file__).parent
 SETTINGS = [
     *("pretrain.options.masked_stride=2", "pretrain.validate_every=1"),
     *("data.crop_scale=0.6", "data.word_dropout=0.2"),
@@ -35,17 +32,6 @@ SETTINGS = [
     *("pretrain.frozen_blocks=1", "pretrain.frozen_epochs=0.5"),
 ]
 Results = list[dict[str, dict[str, Tensor]]]
-
-
-def environment(**more: str) -> dict[str, str]:
-    paths = [str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
-    return {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(p for p in paths if p),
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-        **more,
-    }
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +44,9 @@ def both(folder: Path, scenes: Path) -> Results:
     """What each of two processes found."""
     (folder / "settings.json").write_text(json.dumps([*SETTINGS, "pretrain.batch_size=8"]))
     command = [sys.executable, str(HERE / "two_processes.py"), str(scenes), str(folder)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
+    with (folder / "said.txt").open("w") as said:
+        done = subprocess.run(command, env=environment(), stderr=said, timeout=PATIENCE)
+    assert done.returncode == 0, (folder / "said.txt").read_text()
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
@@ -176,34 +163,14 @@ def test_training_is_that_of_one_process_on_the_joint_batch(
     assert len(validation[0]) == len(validation[1]) == 2  # by the first process alone
 
 
-@contextmanager
-def launched(*words: str, state: Path) -> Iterator[subprocess.Popen[str]]:
-    """`vicvlm WORDS` in two processes, as a user starts them."""
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "torch.distributed.run"),  # which is torchrun
-            *("--standalone", "--nproc_per_node", "2", "-m", "vicvlm_cli", *words),
-        ],
-        env=environment(VICVLM_STATE=str(state)),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        yield process
-    finally:
-        process.terminate()  # and those that it has started
-        process.communicate()
-
-
 def test_the_command_that_users_type(one: Path, scenes: Path, tmp_path: Path) -> None:
     settings = [word for s in [*TINY, *SETTINGS] for word in ("--set", s)]
     words = [*("pretrain", "--target", "byol", "--data", str(scenes)), *settings]
     words += ["--output", str(tmp_path / "run"), "--batch-size", "8", "--json"]
-    with launched(*words, state=tmp_path / "state.json") as process:
-        out, said = process.communicate(timeout=600)
-    assert process.returncode == 0, said
-    result: dict[str, Any] = json.loads(out)  # one document, from one process
+    with launched(*words, state=tmp_path / "state.json") as launch:
+        code, said = launch.ended(), launch.said
+    assert code == 0, said
+    result: dict[str, Any] = json.loads(launch.out)  # one document, from one process
     assert result["steps"] == 12 and result["pairs"] == 192
     assert said.count("12 steps of 16 pairs, cpu no, 2 processes") == 1
     # Frozen random blocks, and captions that are too long: each is said by one process.
@@ -222,20 +189,20 @@ def test_two_processes_stop_at_one_step_and_go_on(
     settings = [word for s in [*BARE, "pretrain.epochs=40"] for word in ("--set", s)]
     words = ["pretrain", "--data", str(scenes), "--output", str(folder), "--batch-size", "8"]
     words += [*settings, "--set", "data.workers=1"]
-    with launched(*words, state=tmp_path / "state.json") as process:
-        while not (folder / "metrics.jsonl").exists() and process.poll() is None:
+    with launched(*words, state=tmp_path / "state.json") as launch:
+        while not (folder / "metrics.jsonl").exists() and launch.is_running():
             time.sleep(0.05)
-        process.send_signal(which)
-        _, said = process.communicate(timeout=600)
-    assert process.returncode != 0
+        launch.signal(which)
+        code, said = launch.ended(), launch.said
+    assert code != 0
     stopped = rows(folder)[-1]["step"]
     assert said.count(f"stopped at step {stopped}: --resume {folder} goes on") == 1, said
     assert 10 <= stopped < steps
     if which is signal.SIGINT:  # the state is the same
         words = ["pretrain", "--data", str(scenes), "--resume", str(folder)]
-        with launched(*words, state=tmp_path / "state.json") as process:
-            _, said = process.communicate(timeout=600)
-        assert process.returncode == 0, said
+        with launched(*words, state=tmp_path / "state.json") as launch:
+            code, said = launch.ended(), launch.said
+        assert code == 0, said
         assert f"resuming {folder} at step {stopped}" in said
         seen = sorted({*range(10, steps + 1, 10), stopped})
         assert [row["step"] for row in rows(folder)] == seen
@@ -255,9 +222,9 @@ def test_a_process_says_what_it_alone_has_met(scenes: Path, tmp_path: Path) -> N
     shard.write_bytes(whole.replace(content, b"x" * len(content)))
     words = ["pretrain", "--data", str(data), "--output", str(tmp_path / "run")]
     words += [word for s in [*BARE, "data.workers=1"] for word in ("--set", s)]
-    with launched(*words, "--batch-size", "8", state=tmp_path / "state.json") as process:
-        _, said = process.communicate(timeout=600)
-    assert process.returncode != 0
+    with launched(*words, "--batch-size", "8", state=tmp_path / "state.json") as launch:
+        code, said = launch.ended(), launch.said
+    assert code != 0
     name = split.image_ids[picture]
     (line,) = [line for line in said.splitlines() if line.startswith("process 1: ")]
     assert line.startswith(f"process 1: error: image {name} of scenes train (")
