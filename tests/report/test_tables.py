@@ -90,6 +90,18 @@ def test_without_reranking_there_is_one_table():
     assert "ITM" not in text
 
 
+def test_pair_scores_without_weight_have_no_table():
+    one = report()
+    evaluation = replace(one.evaluation, rerank_weights=RerankWeights())
+    one = replace(one, evaluation=evaluation)
+    text = shown(tables.evaluation_tables(one))
+    assert text.count("RSUM") == 1 and "Re-ranked" not in text
+    assert one.to_dict()["reranked"] is not None  # readers find what they look for
+    evaluation = replace(evaluation, rerank_weights=RerankWeights(0.0, 0.5))
+    text = shown(tables.evaluation_tables(replace(one, evaluation=evaluation)))
+    assert "weight 0 text to image and 0.5 image to text" in text
+
+
 def test_a_score_that_stands_alone_has_its_own_name():
     one = report()
     own = PairScore("stacked cross attention", alone=True)

@@ -138,7 +138,8 @@ def evaluation_tables(report: EvaluationReport) -> list[Group]:
     if evaluation.banked is not None:
         title = f"With the query bank (weight {evaluation.bank_weights})"
         blocks.append(_block(title, metrics_table(evaluation.banked), lines))
-    if evaluation.reranked is not None:
+    # At weight 0 it orders as the table above does, and a note says so.
+    if evaluation.reranked is not None and (alone or any(evaluation.rerank_weights)):
         name = own.name if own else "ITM"
         among = f"top {evaluation.top_k}" if evaluation.top_k else "all pairs"
         title = (

@@ -126,7 +126,7 @@ def _approach(
     if not any(weights) and not own.alone:
         return "", (
             f"{own.name} has weight 0 (untrained, or without gain on validation): "
-            "re-ranking changes nothing"
+            "re-ranking would change nothing"
         )
     if all_pairs:  # which is announced with its cost
         return "", ""
