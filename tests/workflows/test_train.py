@@ -258,7 +258,6 @@ def test_a_result_that_cannot_be_written_is_a_warning(
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["pretrain.batch_size=97"], "does not fill one batch of 97 x 1 processes"),
         (["pretrain.batch_size=1"], "too few other pictures to draw 1 hard negatives"),
         (["pretrain.contrastive_batch=40"], "40, not a multiple of --batch-size, which is 16"),
         (["pretrain.objective=clib"], "there is no objective 'clib'"),
@@ -278,6 +277,15 @@ def test_what_cannot_be_trained_is_one_sentence(
     with pytest.raises(UserError, match=words):
         run(scenes, tmp_path / "run", *overrides)
     assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_too_large_a_batch_is_refused_before_views_are_made(scenes: Path, tmp_path: Path) -> None:
+    heard = Heard()
+    settings = ["pretrain.batch_size=97", "pretrain.frozen_blocks=1", "pretrain.cached_views=2"]
+    with pytest.raises(UserError, match="does not fill one batch of 97 x 1 processes"):
+        run(scenes, tmp_path / "run", *settings, progress=heard)
+    assert not [note for note in heard.notes if note.startswith("training ")]
+    assert not list((tmp_path / "run").glob("views*"))
 
 
 def test_data_that_is_not_prepared_is_refused(tmp_path: Path) -> None:

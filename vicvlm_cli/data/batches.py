@@ -89,6 +89,18 @@ class Plan:
         rows = len(self.captions) if self.mode == "one" else sum(self.captions)
         return rows // (self.batch_size * self.world_size)
 
+    def require_a_batch(self, split: Split) -> None:
+        """Refuse a ``split`` that is smaller than one batch.
+
+        Raises:
+            UserError: it is; the message says what to lower.
+        """
+        if self.batches == 0:
+            raise UserError(
+                f"{split.title} does not fill one batch of {self.batch_size} x {self.world_size} "
+                "processes: lower --batch-size"
+            )
+
     def epoch(self, epoch: int, start: int = 0) -> list[np.ndarray]:
         """Rows [B, 2 + more] of each batch of this process, from batch ``start`` on."""
         rng = np.random.default_rng((self.seed, epoch))
@@ -220,11 +232,7 @@ def batches(
         UserError: the split is smaller than one batch.
         OwnError: as the batches come, pictures of this process are damaged.
     """
-    if plan.batches == 0:
-        raise UserError(
-            f"{rows.split.title} does not fill one batch of {plan.batch_size} x {plan.world_size} "
-            "processes: lower --batch-size"
-        )
+    plan.require_a_batch(rows.split)
     if rows.file is not None:
         return _ahead(rows, plan.endless(start), pin)
     loader: DataLoader[Batch | UserError] = DataLoader(

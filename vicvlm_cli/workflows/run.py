@@ -110,6 +110,7 @@ def _train(
         accelerator.num_processes,
         data.more_captions,
     )
+    plan.require_a_batch(split)
     data = with_workers(data, accelerator, job.model.config.image_size, plan, progress)
     check_views(job.model, config)
     job.model.image_encoder.freeze(config.frozen_blocks, for_good=not config.frozen_epochs)
