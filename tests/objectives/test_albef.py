@@ -147,7 +147,9 @@ def test_itc_worked_out_by_hand_with_a_queue_of_three_that_has_wrapped() -> None
     # target 0.380, 0.093, 0.065, 0.397, 0.065. Its divergence is 0.1064, from five fifths 0.2981.
     # Likewise of the second picture 0.2142 and 0.3308, and of the captions, whose candidates are
     # the pictures b, y of the batch and y, x, a of the queue, 0.4365 and 0.3907, 0.2051 and 0.2871.
-    assert float(loss.detach()) == pytest.approx((0.10643 + 0.21415 + 0.43649 + 0.20508) / 4, abs=2e-5)
+    assert float(loss.detach()) == pytest.approx(
+        (0.10643 + 0.21415 + 0.43649 + 0.20508) / 4, abs=2e-5
+    )
     assert float(trivial) == pytest.approx((0.29812 + 0.33078 + 0.39072 + 0.28708) / 4, abs=2e-5)
 
 
