@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -32,7 +32,7 @@ class Launch:
     """A launch under way. What it says goes to files: a pipe is open as long as anyone has it."""
 
     def __init__(self, *words: str, state: Path) -> None:
-        self._out, self._said = (state.with_suffix(end) for end in (".out", ".err"))
+        self._out, self._said = state.with_suffix(".out"), state.with_suffix(".err")
         command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
         with self._out.open("w") as out, self._said.open("w") as said:
             self._process = subprocess.Popen(
@@ -51,11 +51,10 @@ class Launch:
         try:
             return self._process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
-            running = self._running()
-            if any(p.status() != psutil.STATUS_ZOMBIE for p in running):
+            if running := self._started():
                 pytest.fail(f"{running} have not ended after {PATIENCE} s: {self.said}")
-            self._process.kill()
-            return self._process.wait()
+            self.kill()
+            return self._process.returncode
 
     def is_running(self) -> bool:
         return self._process.poll() is None
@@ -72,14 +71,24 @@ class Launch:
         return self._said.read_text()
 
     def kill(self) -> None:
-        """End it and all that it has started, whatever state they are in."""
-        for process in [*self._running(), psutil.Process(self._process.pid)]:
-            process.kill()
+        """End it, its processes and theirs; nothing where it has ended."""
+        if not self.is_running():
+            return
+        started = self._started()
+        self._process.kill()
+        for process in started:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         self._process.wait()
 
-    def _running(self) -> list[psutil.Process]:
-        """The processes that the launcher has started, and theirs."""
-        return psutil.Process(self._process.pid).children(recursive=True)
+    def _started(self) -> list[psutil.Process]:
+        """What runs of the launcher's processes and theirs, but for those whose parent is gone."""
+        running = []
+        for process in psutil.Process(self._process.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                if process.status() != psutil.STATUS_ZOMBIE:
+                    running.append(process)
+        return running
 
 
 @contextmanager
@@ -89,5 +98,4 @@ def launched(*words: str, state: Path) -> Iterator[Launch]:
     try:
         yield launch
     finally:
-        if launch.is_running():
-            launch.kill()
+        launch.kill()
